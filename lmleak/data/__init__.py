@@ -1,0 +1,39 @@
+"""Data sources: one file per kind, named as in recipes. Each reads texts and labels; batching is the same for all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lmleak import registry
+
+if TYPE_CHECKING:
+    from lmleak.records import Batch, Victim
+
+
+def load_batches(victim: Victim, kind: str = "sample", *, seed: int = 0, **fields: Any) -> list[Batch]:
+    """Reads a data source and cuts it into the client's batches.
+
+    The order depends on `seed` and the source alone, so settings compared with one seed meet the same sentences.
+    `limit` counts sentences before batching; an incomplete last batch is dropped. Position ids are always given,
+    with the batch dimension; padding is on the right.
+
+    Args:
+        victim: whose tokenizer, task and device to use.
+        kind: file of `lmleak.data`: sample, local, hub, cola, sst2, rotten_tomatoes.
+        seed: of the order and of the masks.
+        fields: the recipe's `data` block: split, batch_size, limit, shuffle, max_length, min_tokens, max_tokens, and
+            the kind's own.
+
+    Returns:
+        batches whose inputs `input_ids`, `attention_mask`, `position_ids` are [b, s] on the victim's device.
+
+    Raises:
+        DataError: the source cannot be read, is empty, or its labels do not fit the task.
+    """
+    from lmleak.data._batches import batches
+    from lmleak.errors import DataError
+    from lmleak.models._fields import validated
+
+    module = registry.load("data", kind)
+    config = validated(module.Config, fields, "data", DataError)
+    return batches(victim, module.load(config), config, seed)
