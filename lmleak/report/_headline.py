@@ -1,0 +1,136 @@
+"""The answer in plain words, derived from the numbers: what leaks, from how little, and what stops it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lmleak.report import _study, _words
+from lmleak.report._study import Place
+
+ENOUGH = 100  #: batches below which a score is an impression, not a claim
+
+
+def headline(cells: Sequence[Place], metric: str | None) -> str:
+    """One sentence. Honest where nothing leaked, nothing ran or nothing applied."""
+    scored = [place for place in cells if metric and place.score(metric)]
+    if not cells:
+        return "This run holds no finished cell yet."
+    if not scored:
+        return _nothing_scored(cells)
+    plain = [place for place in scored if not place.defended] or scored
+    best = _best(plain, metric)
+    behind = f" Behind {best.defense}:" if best.defended else ""
+    level = best.score(metric)["mean"]  # type: ignore[index]
+    who = f"{behind} Anyone who sees the gradient of {_seen(best)}".strip()
+    if metric == "exact_match" and level > 0:
+        return f"{who} reads {_count(best, metric)} word for word."
+    words = next((m for m in ("rouge1", "rougeL", "token_accuracy") if best.score(m)), None)
+    if metric == "exact_match" and words:
+        best = _best(plain, words)
+        level = best.score(words)["mean"]  # type: ignore[index]
+        if level > 0:
+            return (
+                f"No sentence was read word for word. At most {_words.percent(level)} % of the words came back "
+                f"({_words.metric_name(words)}), from the gradient of {_seen(best)}."
+            )
+    if level > 0:
+        unit = " dB" if metric == "psnr" else " %"
+        return f"{who} recovers the data at {_words.metric_name(metric)} {_words.percent(level, metric)}{unit}.".replace(", dB", "")
+    return f"Nothing was recovered in any of the {len(scored)} settings that were tried." if len(scored) > 1 else "Nothing was recovered."
+
+
+def _nothing_scored(cells: Sequence[Place]) -> str:
+    statuses = {place.status for place in cells}
+    if statuses == {"failed"}:
+        what = "The only cell failed" if len(cells) == 1 else f"All {len(cells)} cells failed"
+        return f"{what}: this run says nothing about leakage."
+    if statuses == {"not_applicable"}:
+        return "The attack does not apply to what was observed: this run says nothing about leakage."
+    return "No cell has a score: this run says nothing about leakage."
+
+
+def notes(cells: Sequence[Place], metric: str | None) -> list[str]:
+    """Two to five sentences under the headline: where it stops, what a defense did, and what to be careful about."""
+    scored = [place for place in cells if metric and place.score(metric)]
+    found = [*_extent(scored, metric), *_defenses(scored, metric)] if scored and metric else []
+    if scored and not any(place.score(metric)["mean"] > 0 for place in scored):  # type: ignore[index]
+        found.append("That an attack fails is no proof of safety: a stronger one may succeed.")
+    without = len(cells) - len(scored)
+    if scored and without:
+        counts = {status: sum(place.status == status for place in cells) for status in _words.STATUSES}
+        parts = [f"{count} {_words.STATUSES[status].replace('n/a', 'not applicable')}" for status, count in counts.items() if count]
+        found.append(f"{without} of {len(cells)} cells have no score ({', '.join(parts) or 'undefined'}); they are not counted as 0.")
+    smallest = min((place.score(metric).get("n") or 0 for place in scored), default=ENOUGH)  # type: ignore[union-attr]
+    if smallest < ENOUGH and scored:
+        batches = f"{smallest} batch{'es' if smallest != 1 else ''}"
+        found.append(f"Scores rest on {batches} a cell: an impression. A claim takes {ENOUGH} or more.")
+    return found
+
+
+def _extent(scored: Sequence[Place], metric: str) -> list[str]:
+    plain = [place for place in scored if not place.defended] or list(scored)
+    verb = "at least one sentence is read word for word" if metric == "exact_match" else "something is recovered"
+    leaking = [place for place in plain if place.score(metric)["mean"] > 0]  # type: ignore[index]
+    found = []
+    if len(plain) > 1 and leaking:
+        kind = "undefended " if any(place.defended for place in scored) and not plain[0].defended else ""
+        found.append(f"In {len(leaking)} of {len(plain)} {kind}settings {verb}.")
+    layers = [layer for layer in _study.ordered(plain, "layer") if layer.lstrip("-").isdigit()]
+    if len(layers) > 1 and leaking:
+        open_ones = {place.layer for place in leaking}
+        safe = [layer for layer in layers if layer not in open_ones]
+        if safe:
+            found.append(f"Layers where it happens: {_runs(layers, open_ones)}. Nowhere in layers {_runs(layers, set(safe))}.")
+    return found
+
+
+def _defenses(scored: Sequence[Place], metric: str) -> list[str]:
+    if not any(place.defended for place in scored) or not any(not place.defended for place in scored):
+        return []
+    found = []
+    names = [d for d in _study.ordered(scored, "defense") if any(p.defense == d and p.defended for p in scored)]
+    for name in names[:4]:
+        best = _best([place for place in scored if place.defense == name], metric)
+        epsilon = (best.line.get("privacy") or {}).get("epsilon")
+        guarantee = f" (ε {_words.number(epsilon)} for one release)" if epsilon is not None else ""
+        level = best.score(metric)["mean"]  # type: ignore[index]
+        if metric == "exact_match":
+            what = f"the attack still reads {_count(best, metric)}" if level > 0 else "the attack reads none word for word"
+        else:
+            what = f"the best score is {_words.percent(level, metric)}"
+        found.append(f"With {name}{guarantee} {what}.")
+    if len(names) > 4:
+        found.append(f"{len(names) - 4} more defense settings are in the table.")
+    return found
+
+
+def _best(cells: Sequence[Place], metric: str) -> Place:
+    """Highest score; among equals the one that needed to see least."""
+    return min(cells, key=lambda place: (-place.score(metric)["mean"], 1.0 if place.share is None else place.share))  # type: ignore[index]
+
+
+def _seen(place: Place) -> str:
+    what = _words.seen(place.setting.get("select") or {})
+    return f"{what} ({_words.share(place.share)} of the model)" if place.share is not None and place.share < 0.9995 else what
+
+
+def _count(place: Place, metric: str) -> str:
+    score = place.score(metric) or {}
+    total = int(score.get("n") or 0) * place.batch_size
+    hits = round(float(score["mean"]) * total)
+    unit = "sentence" if total == 1 else "sentences"
+    if total == 0:
+        return f"{_words.percent(score['mean'])} % of the sentences"
+    return f"all {total:,} {unit}" if hits == total and total > 1 else f"{hits:,} of {total:,} {unit}"
+
+
+def _runs(order: Sequence[str], chosen: set[str]) -> str:
+    """`{0, 1, 2, 5}` -> `0–2, 5`."""
+    numbers = sorted(int(layer) for layer in order if layer in chosen)
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in parts)

@@ -1,0 +1,154 @@
+"""What the cells of one or more runs are about: every cell gets its place (layer, component, defense, attack, rest)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lmleak.report import _words
+
+#: the metric a study is read by: the first of these that any cell was scored with
+HEADLINE_METRICS = ("exact_match", "rougeL", "rouge1", "token_accuracy", "ssim", "psnr", "rouge2")
+DIMENSIONS = ("component", "layer", "defense", "attack", "other")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder as read from the store."""
+
+    name: str
+    folder: Path
+    recipe: Mapping[str, Any]  #: resolved recipe, sweep included
+    recipe_text: str
+    facts: Mapping[str, Any]  #: run.json
+    lines: tuple[Mapping[str, Any], ...]  #: one aggregated line a cell
+    batches: Mapping[str, Mapping[int, Mapping[str, Any]]] = field(default_factory=dict)  #: cell -> batch -> result line
+    examples: Mapping[str, Mapping[int, Mapping[str, Any]]] = field(default_factory=dict)  #: cell -> batch -> texts
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cell, with its settings settled and named."""
+
+    run: Run
+    line: Mapping[str, Any]
+    setting: Mapping[str, Any]  #: the recipe at this cell's axes
+    component: str
+    layer: str
+    defense: str
+    attack: str
+    other: str  #: every other axis but the seed
+
+    @property
+    def cell(self) -> str:
+        return str(self.line["cell"])
+
+    @property
+    def status(self) -> str:
+        return str(self.line["status"])
+
+    @property
+    def defended(self) -> bool:
+        return _block(self.setting, "defense").get("kind", "none") != "none"
+
+    @property
+    def batch_size(self) -> int:
+        return int(_block(self.setting, "data").get("batch_size") or 1)
+
+    @property
+    def share(self) -> float | None:
+        return (self.line.get("select") or {}).get("share")
+
+    def score(self, metric: str) -> Mapping[str, Any] | None:
+        """`{mean, low, high, n}`, or None where this cell has no such number."""
+        found = (self.line.get("scores") or {}).get(metric)
+        return found if found and found.get("mean") is not None else None
+
+
+def places(runs: Sequence[Run]) -> list[Place]:
+    """Every cell of every run, in the order of the runs and of their sweeps."""
+    settled = [(run, line, settle(run.recipe, line.get("axes") or {})) for run in runs for line in run.lines]
+    defenses = _words.labels(_block(setting, "defense") or {"kind": "none"} for _, _, setting in settled)
+    attacks = _words.labels(_block(setting, "attack") for _, _, setting in settled)
+    several = len(runs) > 1
+    found = []
+    for run, line, setting in settled:
+        select = _block(setting, "select")
+        axes = line.get("axes") or {}
+        rest = [f"{k} {_words.number(v)}" for k, v in axes.items() if k.split(".")[0] not in _NAMED and k != "seed"]
+        rest += [f"{k} {_words.number(v)}" for k, v in axes.items() if k.startswith("select.") and k not in _PLACED]
+        found.append(
+            Place(
+                run=run,
+                line=line,
+                setting=setting,
+                component=_words.selection(select),
+                layer=_words.layers(select.get("layers")),
+                defense=defenses[_words.key(_block(setting, "defense") or {"kind": "none"})],
+                attack=attacks[_words.key(_block(setting, "attack"))],
+                other=", ".join(([run.name] if several else []) + rest),
+            )
+        )
+    return found
+
+
+_NAMED = frozenset({"select", "defense", "attack"})
+_PLACED = frozenset({"select.layers", "select.components", "select.target_modules", "select"})
+
+
+def settle(recipe: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with each swept value put in its place: `select.layers` into the block, `defense` for the whole block."""
+    setting = {k: dict(v) if isinstance(v, Mapping) else v for k, v in recipe.items() if k != "sweep"}
+    for dotted, value in axes.items():
+        *parents, last = dotted.split(".")
+        target = setting
+        for name in parents:
+            inner = target.get(name)
+            target[name] = dict(inner) if isinstance(inner, Mapping) else {}
+            target = target[name]
+        target[last] = value
+    return setting
+
+
+def _block(setting: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    block = setting.get(name)
+    return block if isinstance(block, Mapping) else {}
+
+
+def metrics(cells: Iterable[Place]) -> list[str]:
+    """Metrics that any cell has, the one the study is read by first."""
+    present = {name for place in cells for name in (place.line.get("scores") or {}) if place.score(name)}
+    return [m for m in HEADLINE_METRICS if m in present] + sorted(present - set(HEADLINE_METRICS))
+
+
+def varying(cells: Sequence[Place]) -> list[str]:
+    """The dimensions in which cells differ."""
+    return [name for name in DIMENSIONS if len({getattr(place, name) for place in cells}) > 1]
+
+
+def ordered(cells: Sequence[Place], dimension: str) -> list[str]:
+    """Distinct values of a dimension: layers by number, components as data flows, everything else as first met."""
+    values = list(dict.fromkeys(getattr(place, dimension) for place in cells))
+    if dimension == "layer":
+        return sorted(values, key=_layer_order)
+    if dimension == "component":
+        known = list(_words.COMPONENTS)
+        return sorted(values, key=lambda v: known.index(v) if v in known else len(known))
+    return values
+
+
+def _layer_order(label: str) -> tuple[int, float, str]:
+    head = label.split(",")[0].split("–")[0].strip()
+    try:
+        first = float(head)
+    except ValueError:
+        return (2, 0.0, label)
+    return (1 if first < 0 else 0, first, label)
+
+
+def describe(place: Place, dimensions: Iterable[str]) -> str:
+    """`attn_query · layer 0 · no defense`: the place in the given dimensions."""
+    names = {"layer": "layer " if place.layer[:1].isdigit() and "," not in place.layer else "layers "}
+    return " · ".join(names.get(d, "") + getattr(place, d) for d in dimensions if getattr(place, d)) or place.cell
