@@ -1,0 +1,44 @@
+"""The client's training loss, per sample: one definition for the client, for clipping and for attacks that match it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def forward(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Logits of the model, [b, classes] or [b, s, v]; no key/value cache is built."""
+    cache = {"use_cache": False} if "use_cache" in _defaults(module) else {}
+    return module(**inputs, **cache).logits
+
+
+def _defaults(module: nn.Module) -> dict:
+    config = getattr(module, "config", None)
+    return config.to_dict() if config is not None else {}
+
+
+def sample_losses(logits: Tensor, labels: Tensor, task: str, reduction: str) -> Tensor:
+    """One loss a sample, so that their sum is the loss whose gradient is released.
+
+    Args:
+        logits: [b, classes], or [b, s, v] for language models.
+        labels: [b], or [b, s] with -100 where there is no loss. A causal model's labels are shifted here.
+        task: sequence-classification, image-classification, causal-lm or masked-lm.
+        reduction: `mean`: the samples' sum is the batch loss of transformers (a mean over samples, or over all tokens
+            that carry loss); `sum`: each sample has its own mean loss, as per-sample clipping needs.
+
+    Returns:
+        [b]
+    """
+    if logits.dim() == 2:
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return losses / len(losses) if reduction == "mean" else losses
+    if task == "causal-lm":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    tokens = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    counts = (labels != -100).sum(1)
+    total = counts.sum() if reduction == "mean" else counts
+    return tokens.sum(1) / torch.clamp(total, min=1)
