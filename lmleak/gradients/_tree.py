@@ -117,7 +117,7 @@ class Tree:
         return (name for name in self.modules if not module or name == module or name.startswith(module + "."))
 
     def own(self, module: str) -> list[Slot]:
-        """What a match of `module` selects: its own parameters; for a PEFT wrapper also the wrapped layer's and LoRA's."""
+        """What a match of `module` selects: its own parameters; those inside a PEFT wrapper count as its own."""
         if f"{module}.base_layer" in self.modules:
             return [slot for name in self.below(module) for slot in self.slots[name]]
         return self.slots[module]
