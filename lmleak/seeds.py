@@ -1,7 +1,7 @@
 """One int in the recipe, and every random number follows from it without touching the global generators.
 
-A seed names its purpose, `derive(seed, "attack", batch.index)`, never the cell: all settings of a sweep then meet the same
-batches and the same noise draws, so that their scores are paired, and the order or number of processes cannot matter.
+A seed names its purpose, `derive(seed, "attack", batch.index)`, never the cell: all settings of a sweep then meet the
+same batches and the same noise draws, so that their scores are paired; the order or number of processes cannot matter.
 """
 
 from __future__ import annotations

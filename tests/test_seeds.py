@@ -12,7 +12,8 @@ def test_a_seed_is_the_same_everywhere():
 
 
 def test_every_part_counts():
-    seeds = [derive(0), derive(1), derive(0, "a"), derive(0, "a", 1), derive(0, "a", "1"), derive(0, "a1"), derive(0, 1, "a")]
+    parts = [(0,), (1,), (0, "a"), (0, "a", 1), (0, "a", "1"), (0, "a1"), (0, 1, "a")]
+    seeds = [derive(*each) for each in parts]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
