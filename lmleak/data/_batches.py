@@ -1,4 +1,4 @@
-"""Examples -> the client's batches: order, length filter, tokens, labels, and the reference that metrics compare with."""
+"""Examples -> the client's batches: order, length filter, tokens, labels, and the reference for the metrics."""
 
 from __future__ import annotations
 
