@@ -10,13 +10,13 @@ import torch
 
 @dataclass(frozen=True)
 class InputLayer:
-    """`norm(word[token] + position[place])`. Tensors are detached views of the model's parameters.
+    """`norm(word[token] + position[place])`. Tensors are detached from the model.
 
     Shapes: `v` vocabulary, `p` positions, `d` hidden.
     """
 
     word: torch.Tensor  #: [v, d]
-    position: torch.Tensor | None  #: [p, d] counted from the first token of a sentence, with the constant type embedding
+    position: torch.Tensor | None  #: [p, d] from the first token on, plus the constant type embedding
     norm: Literal["layer", "rms"]
     weight: torch.Tensor  #: [d] scale of the norm
     bias: torch.Tensor | None  #: [d] shift of the norm

@@ -50,14 +50,19 @@ def load(config: Config, seed: int, family: ModuleType, kind: str) -> Victim:
         else:
             module, tokenizer, name = _pretrained(config, seed, family, kind)
     _fit(module, tokenizer)
-    module.requires_grad_(True)
     module.train(config.mode == "train")
     try:
         module.to(device=device, dtype=getattr(torch, config.dtype))
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ModelError(f"model.device: cannot put the model on '{device}': {str(error).splitlines()[0]}") from error
     return Victim(
-        module=module, processor=tokenizer, family=family, kind=kind, task=config.task, weights=name, mode=config.mode
+        module=module,
+        processor=tokenizer,
+        family=_adapted(family, module),
+        kind=kind,
+        task=config.task,
+        weights=name,
+        mode=config.mode,
     )
 
 
@@ -80,7 +85,8 @@ def outline(config: Config, family: ModuleType, kind: str) -> Victim:
         else:
             settings = _settings(resolve(config.weights), config, family, kind)
         module = _call(getattr(transformers, _AUTO[config.task]).from_config, settings, attn_implementation="eager")
-    return Victim(module=module, processor=None, family=family, kind=kind, task=config.task, weights=config.weights)
+    known = _adapted(family, module)
+    return Victim(module=module, processor=None, family=known, kind=kind, task=config.task, weights=config.weights)
 
 
 def _pretrained(config: Config, seed: int, family: ModuleType, kind: str) -> tuple[Any, Any, str]:
@@ -103,7 +109,9 @@ def _pretrained(config: Config, seed: int, family: ModuleType, kind: str) -> tup
             output_loading_info=True,
         )
     if info.get("mismatched_keys"):
-        raise ModelError(f"model.weights: shapes do not fit the config: {sorted(map(str, info['mismatched_keys']))[:3]}")
+        raise ModelError(
+            f"model.weights: shapes do not fit the config: {sorted(map(str, info['mismatched_keys']))[:3]}"
+        )
     # A new head is expected (that is what fine-tuning starts from); a new body means these are other weights.
     body = module.base_model_prefix + "."
     missing = sorted(key for key in info["missing_keys"] if key.startswith(body) and ".pooler." not in f".{key}")
@@ -192,8 +200,11 @@ def _canonical(name: str, settings: Any) -> str:
 
 def _refuse_unknown(given: dict[str, Any], settings: Any) -> None:
     known = _known(settings)
-    wrong = [f"model.config.{name}: {type(settings).__name__} has no such field{did_you_mean(name, known)}"
-             for name in given if name not in known]
+    wrong = [
+        f"model.config.{name}: {type(settings).__name__} has no such field{did_you_mean(name, known)}"
+        for name in given
+        if name not in known
+    ]
     if wrong:
         raise ModelError("\n".join(wrong))
 
@@ -216,6 +227,10 @@ def _fit(module: Any, tokenizer: Any) -> None:
         )
     if module.config.pad_token_id is None:
         module.config.pad_token_id = tokenizer.pad_token_id  # a GPT-2 classifier finds the last word by it
+
+
+def _adapted(family: ModuleType, module: Any) -> ModuleType:
+    return family.adapt(module) if hasattr(family, "adapt") else family
 
 
 def _device(name: str | None) -> Any:

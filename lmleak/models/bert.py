@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lmleak.models._config import Config
 
@@ -15,7 +15,7 @@ __all__ = ["BLOCK", "CAUSAL", "COMPONENTS", "Config", "input_layer", "load"]
 
 MODEL_TYPES = ("bert",)
 TASKS = ("sequence-classification", "masked-lm")
-TOKENIZER = "BertTokenizer"
+TOKENIZER = "BertTokenizer"  #: reads a folder that holds bare vocabulary files
 CAUSAL = False
 BLOCK = r"(?:bert\.)?encoder\.layer\.(\d+)"
 COMPONENTS = {
@@ -27,9 +27,9 @@ COMPONENTS = {
     "attn_output": ("attention.output.dense",),
     "ffn_in": ("intermediate.dense",),
     "ffn_out": ("output.dense",),
-    "norm": ("attention.output.LayerNorm", "output.LayerNorm"),
+    "norm": ("attention.output.LayerNorm", "output.LayerNorm", r"(?:bert\.)?embeddings\.LayerNorm"),
     "pooler": (r"(?:bert\.)?pooler\.dense",),
-    "head": (r"classifier", r"cls\.predictions\..*"),
+    "head": ("classifier", r"cls\.predictions"),
 }
 
 
@@ -40,7 +40,7 @@ def load(config: Config, seed: int) -> Victim:
     return load_any(config, seed, sys.modules[__name__], "bert")
 
 
-def input_layer(module: object) -> InputLayer:
+def input_layer(module: Any) -> InputLayer:
     """What layer 0 reads: LayerNorm(word + position + type 0)."""
     from lmleak.models._input import InputLayer
 
