@@ -1,0 +1,187 @@
+"""Exact recovery at the input side: layer 0's weight gradient spans its inputs (after Petrov et al. 2024, 2405.15586).
+
+The input of layer 0's query, key and value is known for every (token, position), so one linear test over the vocabulary
+reads the sentence. Key needs differences: softmax is shift-invariant, its output gradients sum to zero over a sentence,
+and its row space holds x_i - x_0 only. No length, label, threshold or optimisation is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from lmleak.attacks._rowspace import RowSpace, describe, matrix, row_space, weights
+from lmleak.attacks._text import Frame, refuse, sentence, special_frame
+from lmleak.models._input import InputLayer
+from lmleak.records import Knowledge, Observation, Reconstruction, Victim
+
+READERS = ("attn_query", "attn_key", "attn_value", "attn_qkv")
+# Random directions outside the row space used to screen the vocabulary. A wrong token has at least 0.09 of its norm
+# outside; the chance that 8 Gaussian directions all miss it by 100 times is 1e-16 a token.
+DIRECTIONS = 8
+SHORTLIST = 8  #: screened tokens a position, beside those expected there, that are tested exactly, in float64
+CHUNK = 8192  #: tokens screened at once: memory does not grow with the vocabulary
+
+
+class Config(BaseModel):
+    """Nothing to set: rank and tolerance come from the gradient's own spectrum."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def attack(
+    config: Config,
+    observation: Observation,
+    knowledge: Knowledge,
+    victim: Victim,
+    generator: torch.Generator,
+    progress: Callable[[str], None],
+) -> Reconstruction:
+    """Reads the tokens of layer 0's inputs off the row space of its query, key or value gradient.
+
+    Works on encoders and decoders whose layer 0 reads norm(word + position). With one sample the sentence comes with its
+    order; with more, every position's set of tokens is exact and their assignment to sentences is not decided here.
+    """
+    if not hasattr(victim.family, "input_layer"):
+        return refuse("not_applicable", f"the input of layer 0 is not known in closed form for family '{victim.kind}'")
+    if observation.mode == "train" and _dropout(victim):
+        return refuse("not_applicable", "dropout is on in the client: the row space is that of dropped-out inputs")
+    entries = [e for e in weights(observation, layer=0) if e.component in READERS]
+    if not entries:
+        return refuse("not_applicable", "needs the weight gradient of layer 0's query, key or value")
+    keys_only = all(e.component == "attn_key" for e in entries)
+    used = entries if keys_only else [e for e in entries if e.component != "attn_key"]
+    space = row_space([matrix(victim.module, e, observation.gradients[e.name]) for e in used])
+    if space.spectrum.numel() == 0 or space.spectrum[0] == 0:
+        return refuse("no_signal", "the observed gradient is zero", describe(space))
+    if not space.rank:
+        why = f"its spectrum has no edge (largest step {space.gap:.1f}): noise, or as many tokens as dimensions"
+        return refuse("no_signal", why, describe(space))
+    layer = victim.family.input_layer(victim.module)
+    frame = special_frame(victim, knowledge)
+    offset = 0
+    origin = None
+    if keys_only:
+        if not frame.first:
+            return refuse(
+                "not_applicable",
+                "attn_key alone shows differences between inputs, and no token's input is known to anchor them",
+            )
+        offset = len(frame.first)
+        origin = layer.rows(torch.tensor(frame.first[0]), torch.tensor(0), dtype=torch.float64)
+    places = 1 if layer.position is None else min(space.rank + offset, len(layer.position))
+    expected = observation.batch_size if layer.position is not None else space.rank
+    found = _read(layer, space, places, expected + SHORTLIST, origin, generator)
+    return _assemble(victim, observation, frame, found, space, ordered=layer.position is not None)
+
+
+def _read(
+    layer: InputLayer,
+    space: RowSpace,
+    places: int,
+    shortlist: int,
+    origin: Tensor | None,
+    generator: torch.Generator,
+) -> list[list[tuple[int, float]]]:
+    """Per position, the shortlisted (token, residual) pairs, best first. Residuals are exact, in float64."""
+    device = layer.word.device
+    positions = torch.arange(places, device=device)
+    # Random directions, pushed out of the row space.
+    raw = torch.randn(DIRECTIONS, space.basis.shape[1], generator=generator, dtype=torch.float64).to(device)
+    outside = (raw - (raw @ space.basis.T) @ space.basis).to(torch.float32)
+    shift = 0.0 if origin is None else (outside.double() @ origin).float()
+    best = None
+    for tokens in torch.arange(len(layer.word), device=device).split(CHUNK):
+        scores = screen(layer, tokens, positions, outside, shift)  # [p, chunk]
+        kept = scores.topk(min(shortlist, len(tokens)), largest=False)
+        pair = (kept.values, tokens[kept.indices])
+        if best is not None:
+            values, which = torch.cat([best[0], pair[0]], 1), torch.cat([best[1], pair[1]], 1)
+            order = values.topk(min(shortlist, values.shape[1]), largest=False)
+            pair = (order.values, which.gather(1, order.indices))
+        best = pair
+    assert best is not None
+    rows = layer.rows(best[1], positions[:, None], dtype=torch.float64)  # [p, shortlist, d]
+    residuals = space.residual(rows if origin is None else rows - origin)
+    if origin is not None:
+        # The anchor itself is the zero difference: a known token, not a finding.
+        residuals = torch.where((rows - origin).norm(dim=-1) < 1e-6 * origin.norm(), torch.ones(()), residuals)
+    order = residuals.sort(1)
+    return [
+        list(zip(tokens, values, strict=True))
+        for tokens, values in zip(best[1].gather(1, order.indices).tolist(), order.values.tolist(), strict=True)
+    ]
+
+
+def _assemble(
+    victim: Victim,
+    observation: Observation,
+    frame: Frame,
+    found: list[list[tuple[int, float]]],
+    space: RowSpace,
+    *,
+    ordered: bool,
+) -> Reconstruction:
+    """Accepted tokens per position -> sentences. Anchored positions hold no finding and are filled from the frame."""
+    accepted = [[pair for pair in place if pair[1] <= space.tolerance] for place in found]
+    if not any(accepted):
+        return refuse("no_signal", "no token's input lies in the observed space", describe(space))
+    details = describe(space) | {"residual": max(pair[1] for place in accepted for pair in place)}
+    if not ordered:
+        tokens = [token for token, _ in accepted[0]]
+        details["order"] = "unknown: layer 0 of this family reads no position"
+        return sentence(victim, [tokens], [_margin(found[0], len(tokens))], details)
+    b = observation.batch_size
+    if b > 1:
+        details["assignment"] = "arbitrary: layer 0 shows which tokens stand at a position, not in which sentence"
+    sentences: list[list[int]] = []
+    confidence = []
+    for i in range(b):
+        tokens = list(frame.first) if not accepted[0] else []
+        margins = []
+        for place, whole in zip(accepted, found, strict=True):
+            if not place:
+                continue
+            tokens.append(place[i % len(place)][0])
+            margins.append(_margin(whole, len(place)) / len(place))
+            if frame.last and tokens[-1] == frame.last[0]:
+                break
+        sentences.append(tokens)
+        confidence.append(min(margins, default=0.0))
+    return sentence(victim, sentences, confidence, details)
+
+
+def _margin(place: list[tuple[int, float]], count: int) -> float:
+    """1 - (worst accepted residual / best rejected one): how clearly the accepted tokens stand out."""
+    if not count or count >= len(place):
+        return 0.0
+    return 1.0 - place[count - 1][1] / max(place[count][1], 1e-300)
+
+
+def screen(layer: InputLayer, tokens: Tensor, positions: Tensor, outside: Tensor, shift: Tensor | float) -> Tensor:
+    """Sum of squared products of every input norm(word + position) with the directions `outside` [m, d], [p, tokens].
+
+    Never forms an input: with C the centring, x.n = (C(w * n).e + C(w * n).p) / std + b.n, and the variance of e + p
+    needs one product e.p. Cost v (m + p) d instead of v p d for the rows and v p d m for their products.
+    """
+    centre = layer.norm == "layer"
+    middle = lambda t: t - t.mean(-1, keepdim=True) if centre else t  # noqa: E731
+    words = middle(layer.word[tokens].float())  # [v, d]
+    directions = middle(outside * layer.weight.float())  # [m, d]
+    product = (words @ directions.T).T[:, None]  # [m, 1, v]
+    variance = words.pow(2).mean(-1)  # [v]
+    if layer.position is not None:
+        places = middle(layer.position[positions].float())  # [p, d]
+        product = product + (places @ directions.T).T[..., None]  # [m, p, v]
+        variance = variance + places.pow(2).mean(-1)[:, None] + 2 / words.shape[1] * (places @ words.T)  # [p, v]
+    scale = torch.rsqrt(variance.clamp_min(0) + layer.eps)
+    constant = (outside @ layer.bias.float() if layer.bias is not None else 0.0) - shift
+    constant = constant[:, None, None] if isinstance(constant, Tensor) and constant.dim() else constant
+    return (product * scale + constant).pow(2).sum(0).reshape(-1, len(tokens))
+
+
+def _dropout(victim: Victim) -> bool:
+    return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in victim.module.modules())
