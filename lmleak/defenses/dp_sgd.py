@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lmleak.gradients.observe import ClientGradients
 
 REDUCTION = "sum"
+IDENTITY = {"max_grad_norm": 1e9, "noise_multiplier": 0.0}  #: fields at which the release is the clean sum
+EXAMPLE = {"max_grad_norm": 1.0, "noise_multiplier": 0.1}  #: fields at which the defense does its work
 
 
 class Config(BaseModel):
@@ -30,7 +32,7 @@ class Config(BaseModel):
     noise_multiplier: float = Field(strict=True, description="standard deviation of the noise over max_grad_norm")
     clip_scope: Literal["model", "selection", "per_layer"] = Field(
         default="model",
-        description="whose norm is clipped: the whole model's, the released selection's, or each layer's on its own",
+        description="whose norm is clipped: the whole model's, the released selection's, or each released tensor's",
     )
     delta: float = Field(default=1e-5, strict=True, description="failure probability at which epsilon is stated")
 
@@ -59,7 +61,7 @@ class Config(BaseModel):
 def release(config: Config, client: ClientGradients, generator: Generator) -> dict[str, Tensor]:
     """The noised sum of clipped per-sample gradients.
 
-    With `per_layer`, each group is clipped to C / sqrt(groups), so that the whole gradient still moves by at most C.
+    With `per_layer`, each tensor is clipped to C / sqrt(tensors), so that what is released still moves by at most C.
 
     Returns:
         Entry name -> tensor of the entry's shape; noise of standard deviation noise_multiplier * max_grad_norm.
@@ -106,7 +108,8 @@ def _statement(config: Config, epsilon: float, batch_size: int) -> str:
         "model": "The norm of the whole model's gradient is clipped, so the guarantee covers the whole gradient.",
         "selection": "Only the norm of the released selection is clipped: the guarantee holds for this selection "
         "alone, and is lost if any other gradient of the same samples leaves too.",
-        "per_layer": "Every layer's norm is clipped on its own, to max_grad_norm / sqrt(layers).",
+        "per_layer": "Each released tensor is clipped on its own, to max_grad_norm / sqrt(number of tensors): the "
+        "guarantee holds for this selection alone, and is lost if any other gradient of the same samples leaves too.",
     }[config.clip_scope]
     if not math.isfinite(epsilon):
         return f"Clipped only, no noise: no differential privacy (epsilon is infinite). {scope}"

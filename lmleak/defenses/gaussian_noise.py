@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lmleak.gradients.observe import ClientGradients
 
 REDUCTION = "mean"
+IDENTITY = {"std": 0.0}  #: fields at which the release is the clean gradient
+EXAMPLE = {"std": 1e-3}  #: fields at which the defense does its work
 
 
 class Config(BaseModel):

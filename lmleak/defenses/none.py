@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from lmleak.gradients.observe import ClientGradients
 
 REDUCTION = "mean"
+IDENTITY: dict[str, float] = {}  #: fields at which the release is the clean gradient
+EXAMPLE: dict[str, float] = {}  #: fields at which the defense does its work
 
 
 class Config(BaseModel):

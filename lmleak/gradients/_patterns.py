@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -66,7 +67,9 @@ def matcher(tree: Tree, word: str, entry: bool) -> Callable[[str], bool]:
     if entry:
         return lambda name: name == word or name.endswith("." + word)
     try:
-        return lambda name, pattern=re.compile(word): pattern.fullmatch(name) is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "possible nested set": a remark for programmers, not for recipes
+            return lambda name, pattern=re.compile(word): pattern.fullmatch(name) is not None
     except re.error as error:
         raise SelectionError(f"target_modules: '{word}' is not a regular expression: {error}") from None
 
