@@ -29,7 +29,7 @@ class Chart:
 
 
 def charts(cells: Sequence[Place], metric: str) -> list[Chart]:
-    """One chart for each kind of noise that was tried at two levels or more."""
+    """One chart for each kind of noise that was tried at three levels or more, no noise counted as one."""
     return [chart for kind, name in _FIELDS.items() if (chart := _chart(cells, metric, kind, name))]
 
 
@@ -58,7 +58,7 @@ def _chart(cells: Sequence[Place], metric: str, kind: str, field: str) -> Chart 
             points[level] = clipped or group
     lines = {label: points for label, points in lines.items() if any(level > 0 for level in points)}
     levels = sorted({level for points in lines.values() for level in points})
-    if len(levels) < 2:
+    if len(levels) < 3:  # two points are a comparison, which the table makes better
         return None
     ranked = sorted(lines, key=lambda name: -sum(_mean(group, metric) for group in lines[name].values()))
     drawn = [name for name in lines if name in ranked[:LINES]]
@@ -129,7 +129,7 @@ def _frame(
                 Markup('<text class="ax dim" x="{:.1f}" y="{}" text-anchor="middle">ε {}</text>').format(x, base + 34, epsilons[level])
             )
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    axis = field.replace("_", " ") + (", with ε of one release below it" if epsilons else "")
+    axis = {"std": "standard deviation of the noise"}.get(field, field.replace("_", " ")) + (", with ε of one release below it" if epsilons else "")
     parts.append(Markup('<text class="ax dim" x="{:.0f}" y="{}" text-anchor="middle">{}</text>').format(middle, base + 56, axis))
     if levels[0] == 0:
         x = across[0.0] + 30

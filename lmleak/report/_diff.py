@@ -27,49 +27,43 @@ class Pair:
     same: bool
 
 
-def pieces(text: str) -> list[str]:
-    """Words and marks; white space is not compared."""
-    return _PIECES.findall(_words.visible(text))
+def pieces(text: str) -> list[tuple[str, str]]:
+    """(white space before it, word or mark); the white space is shown as one space and never compared."""
+    found, end = [], 0
+    text = _words.visible(text)
+    for match in _PIECES.finditer(text):
+        found.append((" " if match.start() > end else "", match[0]))
+        end = match.end()
+    return found
 
 
 def pair(reference: str, recovered: str | None) -> Pair:
     """Marks what of the reference is missing (`del`) and what of the recovered text is not in the reference (`ins`)."""
     left, right = pieces(reference), pieces(recovered or "")
-    shown, found = left[:WORDS], right[:WORDS]
     # Comparison ignores case, as uncased models cannot tell it.
-    matcher = difflib.SequenceMatcher(None, [w.casefold() for w in shown], [w.casefold() for w in found], autojunk=False)
+    keys, found = ([word.casefold() for _, word in side] for side in (left, right))
+    matcher = difflib.SequenceMatcher(None, keys[:WORDS], found[:WORDS], autojunk=False)
     before: list[Markup] = []
     after: list[Markup] = []
     for tag, i, j, k, m in matcher.get_opcodes():
-        if tag == "equal":
-            before.append(_join(shown[i:j]))
-            after.append(Markup("<mark>{}</mark>").format(_join(found[k:m])))
-            continue
-        if i < j:
-            before.append(Markup("<del>{}</del>").format(_join(shown[i:j])))
-        if k < m:
-            after.append(Markup("<ins>{}</ins>").format(_join(found[k:m])))
-    same = [w.casefold() for w in left] == [w.casefold() for w in right]
-    return Pair(_close(before, len(left)), _close(after, len(right)), same)
+        # difflib runs to the end of what it was given, so every shown word is in one of the pieces.
+        before.append(_join(left[i:j], "" if tag == "equal" else "del"))
+        after.append(_join(right[k:m], "mark" if tag == "equal" else "ins"))
+    return Pair(_close(before, len(left)), _close(after, len(right)), keys == found)
 
 
 def _close(parts: Sequence[Markup], words: int) -> Markup:
-    text = Markup(" ").join(parts)
+    text = Markup("").join(parts)
     return text + Markup(" <i>… {} more words</i>").format(f"{words - WORDS:,}") if words > WORDS else text
 
 
-def _join(words: Sequence[str]) -> Markup:
-    """Words with spaces, none before closing marks and none between ideographs."""
-    text = ""
-    for word in words:
-        word = word if len(word) <= _LETTERS else word[: _LETTERS - 1] + "…"
-        tight = not text or word in ".,;:!?)]}%’'…" or (_wide(word) and _wide(text[-1])) or text[-1] in "([{"
-        text += word if tight else " " + word
-    return Markup.escape(text)
-
-
-def _wide(char: str) -> bool:
-    return bool(char) and ("\u3040" <= char[0] <= "\u30ff" or "\u3400" <= char[0] <= "\u9fff")
+def _join(words: Sequence[tuple[str, str]], tag: str) -> Markup:
+    """Words as they were spaced, inside one element."""
+    if not words:
+        return Markup()
+    short = [(gap, word if len(word) <= _LETTERS else word[: _LETTERS - 1] + "…") for gap, word in words]
+    text = Markup.escape("".join(gap + word for gap, word in short)[len(short[0][0]) :])
+    return Markup(short[0][0]) + (Markup("<{0}>{1}</{0}>").format(Markup(tag), text) if tag else text)
 
 
 def pairs(example: Mapping[str, Any]) -> list[Pair]:
@@ -85,8 +79,8 @@ def _assign(references: Sequence[str], recovered: Sequence[str]) -> dict[int, in
         return {0: 0} if references and recovered else {}
     from scipy.optimize import linear_sum_assignment
 
-    left = [{w.casefold() for w in pieces(text)} for text in references]
-    right = [{w.casefold() for w in pieces(text)} for text in recovered]
+    left = [{word.casefold() for _, word in pieces(text)} for text in references]
+    right = [{word.casefold() for _, word in pieces(text)} for text in recovered]
     gain = [[2 * len(a & b) / max(1, len(a) + len(b)) for b in right] for a in left]
     rows, columns = linear_sum_assignment(gain, maximize=True)
     return dict(zip(rows.tolist(), columns.tolist(), strict=True))

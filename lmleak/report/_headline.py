@@ -80,27 +80,32 @@ def _extent(scored: Sequence[Place], metric: str) -> list[str]:
         open_ones = {place.layer for place in leaking}
         safe = [layer for layer in layers if layer not in open_ones]
         if safe:
-            found.append(f"Layers where it happens: {_runs(layers, open_ones)}. Nowhere in layers {_runs(layers, set(safe))}.")
+            found.append(f"It happens in layer {_runs(layers, open_ones)}, and nowhere in layer {_runs(layers, set(safe))}.")
     return found
 
 
 def _defenses(scored: Sequence[Place], metric: str) -> list[str]:
     if not any(place.defended for place in scored) or not any(not place.defended for place in scored):
         return []
-    found = []
+    found, stopped = [], []
     names = [d for d in _study.ordered(scored, "defense") if any(p.defense == d and p.defended for p in scored)]
-    for name in names[:4]:
+    for name in names:
         best = _best([place for place in scored if place.defense == name], metric)
         epsilon = (best.line.get("privacy") or {}).get("epsilon")
-        guarantee = f" (ε {_words.number(epsilon)} for one release)" if epsilon is not None else ""
+        label = f"{name} (ε {_words.number(epsilon)})" if epsilon is not None else name
         level = best.score(metric)["mean"]  # type: ignore[index]
-        if metric == "exact_match":
-            what = f"the attack still reads {_count(best, metric)}" if level > 0 else "the attack reads none word for word"
+        if level == 0:
+            stopped.append(label)
+        elif metric == "exact_match":
+            found.append(f"With {label} the attack still reads {_count(best, metric)}.")
         else:
-            what = f"the best score is {_words.percent(level, metric)}"
-        found.append(f"With {name}{guarantee} {what}.")
-    if len(names) > 4:
-        found.append(f"{len(names) - 4} more defense settings are in the table.")
+            found.append(f"With {label} the best score is {_words.percent(level, metric)}.")
+    if len(found) > 3:
+        found[3:] = [f"{len(found) - 3} more defense settings leak too."]
+    if stopped:
+        what = "none word for word" if metric == "exact_match" else "nothing"
+        more = f" and {len(stopped) - 4} more" if len(stopped) > 4 else ""
+        found.append(f"The attack reads {what} with {', '.join(stopped[:4])}{more}.")
     return found
 
 

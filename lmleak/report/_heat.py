@@ -13,8 +13,8 @@ from markupsafe import Markup
 from lmleak.report import _palette, _study, _words
 from lmleak.report._study import Place
 
-_ROW, _GAP, _TOP = 30, 2, 26
-_WIDE, _NARROW = 46, 34  #: width of a column; the narrow one from 14 columns on
+_ROW, _GAP, _TOP = 34, 2, 28
+_WIDTHS = ((8, 56), (13, 46), (10**6, 34))  #: (at most so many columns, width of each)
 _LETTER = 6.6  #: mean advance of the 12 px label face, measured on the widest of the system faces
 _SHORT_STATUS = {"not_applicable": "n/a", "no_signal": "none", "budget_exhausted": "time", "failed": "fail"}
 
@@ -69,8 +69,8 @@ def _map(
     column_names: Sequence[str],
     label: str,
 ) -> Markup:
-    long = columns != "layer" and max(map(len, column_names)) * _LETTER > _WIDE
-    step = _NARROW if len(column_names) >= 14 else _WIDE
+    step = next(width for count, width in _WIDTHS if len(column_names) <= count)
+    long = columns != "layer" and max(map(len, column_names)) * _LETTER > step
     left = min(230.0, 14 + max(_LETTER * len(_cut(name)) for name in row_names))
     top = _TOP + (0.62 * _LETTER * max(len(_cut(name)) for name in column_names) if long else 0)
     tail = 0.8 * _LETTER * len(_cut(column_names[-1])) - step / 2 if long else 0
@@ -95,7 +95,7 @@ def _map(
         prefix = "layer " if rows == "layer" else ""
         parts.append(
             Markup('<text class="ax" x="{:.0f}" y="{:.0f}" text-anchor="end">{}</text>').format(
-                left - 10, y + 19, prefix + _cut(name)
+                left - 10, y + 21, prefix + _cut(name)
             )
         )
         for number, column in enumerate(column_names):

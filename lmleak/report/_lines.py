@@ -82,9 +82,13 @@ def print_table(lines: Sequence[Mapping[str, Any]], file: IO[str] | None = None)
     columns += [*([f"{compared} vs base"] if compared else []), *(["ε"] if private else []), "CPU s", "share"]
     for column in columns:
         table.add_column(column, justify="left" if column in (*axes, "run", "cell", "status") else "right", no_wrap=True)
+    named = _words.labels(v for line in lines for v in (line.get("axes") or {}).values() if _words.is_block(v))
     for line in lines:
         row = [*([str(line.get("run"))] if several else [])]
-        row += [axis_value((line.get("axes") or {}).get(a)) for a in axes] or [str(line["cell"])]
+        values = [(a, (line.get("axes") or {}).get(a)) for a in axes]
+        row += [named[_words.key(v)] if _words.is_block(v) else axis_value(v) for _, v in values] or [
+            str(line["cell"])
+        ]
         row += [str(line["status"]), *(scored(line, m) for m in names)]
         if compared:
             row.append(_shown(((line.get("difference") or {}).get("scores") or {}).get(compared), compared, signed=True))

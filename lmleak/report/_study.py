@@ -108,7 +108,10 @@ def settle(recipe: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]
             inner = target.get(name)
             target[name] = dict(inner) if isinstance(inner, Mapping) else {}
             target = target[name]
-        target[last] = value
+        if value is None and parts and parts[0] != "select":
+            target.pop(last, None)  # the kind of this cell has no such field
+        else:
+            target[last] = value
     return setting
 
 

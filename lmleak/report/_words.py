@@ -86,7 +86,7 @@ def number(value: Any) -> str:
             return "0"
         if abs(value) >= 1000:
             return f"{value:,.0f}"
-        return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.2g}"
+        return (f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.2g}").replace("e-0", "e-")
     if isinstance(value, (list, tuple)):
         return ", ".join(number(item) for item in value)
     if isinstance(value, Mapping):
@@ -108,11 +108,19 @@ def seconds(value: float | None) -> str:
 
 
 def layers(value: Any) -> str:
-    """`[0]` -> `0`, `None` -> `all`, `[0, "3-5"]` -> `0, 3–5`."""
+    """`[0]` -> `0`, `None` -> `all`, `[0, 3, 4, 5]` -> `0, 3–5`."""
     if value is None or value == []:
         return "all"
     items = value if isinstance(value, (list, tuple)) else [value]
-    return ", ".join(str(item).replace("-", "–") if "-" in str(item)[1:] else str(item) for item in items)
+    parts: list[list[int]] = []
+    for item in items:
+        if not isinstance(item, int):
+            return ", ".join(str(item) for item in items)
+        if parts and item == parts[-1][1] + 1:
+            parts[-1][1] = item
+        else:
+            parts.append([item, item])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in parts)
 
 
 def selection(select: Mapping[str, Any]) -> str:
@@ -155,11 +163,16 @@ def labels(blocks: Iterable[Mapping[str, Any]]) -> dict[str, str]:
         same = [other for other in distinct.values() if other.get("kind") == block.get("kind")]
         fields = [f for f in block if f != "kind" and any(other.get(f) != block[f] for other in same)]
         if kind in ("dp_sgd", "gaussian_noise"):
-            always = ("noise_multiplier", "max_grad_norm") if kind == "dp_sgd" else ("std",)
+            always = ("noise_multiplier",) if kind == "dp_sgd" else ("std",)
             fields = [*(f for f in always if f in block), *(f for f in fields if f not in always)]
         shown = " ".join(f"{_SHORT.get(f, f)} {number(block[f])}" for f in fields)
         found[name] = f"{_KINDS.get(kind, kind)} {shown}".strip()
     return found
+
+
+def is_block(value: Any) -> bool:
+    """Whether a swept value is a whole `{kind: ...}` block."""
+    return isinstance(value, Mapping) and "kind" in value
 
 
 def key(block: Any) -> str:
