@@ -1,0 +1,159 @@
+"""The recipe: one mapping that says everything a study needs, resolved to plain dicts with every default filled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr
+
+from lmleak.config.schema import ROOM_OF, Grants, Problem, Select, block, check, short, unknown
+from lmleak.config.source import Key, Source, dotted, dump
+from lmleak.errors import LmleakError
+
+BLOCKS = ("model", "data", "defense", "attack")
+CELL_FIELDS = ("model", "data", "select", "defense", "attack", "metrics", "knowledge", "seed")
+FIELDS = (*CELL_FIELDS, "sweep", "name")
+METRICS = ("rouge", "token_accuracy", "exact_match")
+
+
+class Recipe(BaseModel):
+    """A validated recipe. Make one with `load_recipe`; each block holds `kind` and all fields of that kind."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    model: dict[str, Any]
+    data: dict[str, Any]
+    select: dict[str, Any]
+    defense: dict[str, Any]
+    attack: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    knowledge: dict[str, Any]
+    seed: int
+    sweep: list[dict[str, list[Any]]] = []  #: products of axes; their union is the set of cells
+
+    _source: Source | None = PrivateAttr(None)
+
+    @property
+    def id(self) -> str:
+        """12 hex digits that change whenever anything that can change a result does. The name is not such a thing."""
+        return digest(self.model_dump(exclude={"name"}))
+
+    def place(self, *key: str | int) -> str:
+        """Where a key stands: `path:line:col`, or the override that set it."""
+        return self._source.place(key) if self._source else self.name
+
+    def __eq__(self, other: object) -> bool:
+        """Equal where everything it says is equal, wherever it was read from."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    def has(self, key: Key) -> bool:
+        """Whether the recipe's text has this very key."""
+        return self._source is not None and key in self._source.places
+
+    def explain(self, error: LmleakError, field: str) -> str:
+        """Puts a place before the message of an error that another room raised about block `field`.
+
+        It is the place of the value that the message names, in the block or in a sweep over it; else the block's own.
+        """
+        message = str(error)
+        named = [
+            (len(str(value)), key)
+            for key, value in self._leaves(field)
+            if re.search(rf"(?<![\w.]){re.escape(str(value))}(?![\w.]*\w)", message)
+        ]
+        key = max(named, key=lambda pair: pair[0])[1] if named else (field,)
+        return f"{self.place(*key)}: {dotted(key)}: {message}"
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
+        fields = self.model_dump(exclude={"sweep"})
+        if self.sweep:
+            fields["sweep"] = self.sweep[0] if len(self.sweep) == 1 else self.sweep
+        return dump(fields)
+
+    def _leaves(self, field: str) -> Iterator[tuple[Key, Any]]:
+        for key in self._source.places if self._source else ():
+            head = next((part for part in key if isinstance(part, str) and part != "sweep"), "")
+            value = self._source.value
+            for part in key:
+                value = value[part]
+            if head.split(".")[0] == field and isinstance(value, str | int) and str(value):
+                yield key, value
+
+
+def digest(value: Any) -> str:
+    """First 12 hex digits of the sha256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+
+
+def expand(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes short forms out: `attack: span` is `attack: {kind: span}`, and a block left out is its default."""
+    out = {"defense": {"kind": "none"}, "select": {}, "knowledge": {}, "metrics": list(METRICS), "seed": 0, **data}
+    for name in BLOCKS:
+        if isinstance(out.get(name), str):
+            out[name] = {"kind": out[name]}
+    if isinstance(out["metrics"], str | Mapping):
+        out["metrics"] = [out["metrics"]]
+    if isinstance(out["metrics"], list):
+        out["metrics"] = [{"kind": item} if isinstance(item, str) else item for item in out["metrics"]]
+    return out
+
+
+def resolve(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Validates everything but `sweep`.
+
+    Args:
+        data: an expanded recipe.
+
+    Returns:
+        the fields with all defaults, and every problem found.
+    """
+    problems = [
+        Problem((key,), unknown(key, list(FIELDS), "a recipe"), "key") for key in data if key not in FIELDS
+    ]
+    out: dict[str, Any] = {}
+    for name in BLOCKS:
+        if name not in data:
+            problems.append(Problem((name,), "is missing"))
+            continue
+        out[name], found = block(ROOM_OF[name], data[name], (name,))
+        problems += found
+    for name, schema in (("select", Select), ("knowledge", Grants)):
+        if not isinstance(data[name], Mapping):
+            problems.append(Problem((name,), f"should be a mapping, not {short(data[name])}"))
+            continue
+        out[name], found = check(schema, data[name], (name,))
+        problems += found
+    out["metrics"], found = _metrics(data["metrics"])
+    problems += found
+    out["seed"] = data["seed"]
+    if type(out["seed"]) is not int or not 0 <= out["seed"] < 2**63:
+        problems.append(Problem(("seed",), f"should be a whole number from 0 on, not {short(out['seed'])}"))
+    return out, problems
+
+
+def check_name(name: Any) -> list[Problem]:
+    """The name becomes part of a folder's name."""
+    if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
+        return []
+    return [Problem(("name",), f"should be letters, digits, '_', '-' and '.', not {short(name)}")]
+
+
+def _metrics(raw: Any) -> tuple[list[dict[str, Any]], list[Problem]]:
+    if not isinstance(raw, list) or not raw:
+        return [], [Problem(("metrics",), f"should be a list of metrics, not {short(raw)}")]
+    out: list[dict[str, Any]] = []
+    problems: list[Problem] = []
+    for i, item in enumerate(raw):
+        made, found = block("metrics", item, ("metrics", i))
+        problems += found
+        if not found and made in out:
+            problems.append(Problem(("metrics", i), f"'{made['kind']}' is given twice"))
+        out.append(made)
+    return out, problems
+
