@@ -73,6 +73,8 @@ def from_path(
             )
         except Exception as error:  # parser errors come wrapped in several classes, the cause says what is wrong
             cause = str(error.__cause__ or error).strip().split("\n", 1)[0]
+            if "corresponds to no data" in cause:
+                raise DataError(f"data.path: '{file}' has no rows below its header") from error
             raise DataError(f"data.path: '{file}' cannot be read as {file.suffix[1:]}: {cause}") from error
         return _examples(table, text_column, label_column, {"kind": "local", "path": str(file), "split": split})
 

@@ -225,8 +225,7 @@ def _fit(module: Any, tokenizer: Any) -> None:
             f"model.tokenizer: has {len(tokenizer)} tokens, the model's embedding only {rows} rows: "
             "they do not belong together"
         )
-    if module.config.pad_token_id is None:
-        module.config.pad_token_id = tokenizer.pad_token_id  # a GPT-2 classifier finds the last word by it
+    module.config.pad_token_id = tokenizer.pad_token_id  # a GPT-2 classifier finds the last word by it
 
 
 def _adapted(family: ModuleType, module: Any) -> ModuleType:

@@ -29,14 +29,14 @@ def tokenizer_for(address: str, *, fallback: str | None, causal: bool) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
-        raise ModelError(f"tokenizer: '{address}' has neither a padding nor an end-of-text token")
+        raise ModelError(f"model.tokenizer: '{address}' has neither a padding nor an end-of-text token")
     return tokenizer
 
 
 def _from_folder(address: str, fallback: str | None) -> Any:
     import transformers
 
-    folder = resolve(address, what="tokenizer")
+    folder = resolve(address, what="model.tokenizer")
     if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists() and fallback:
         reader = getattr(transformers, fallback)
     else:
@@ -45,12 +45,12 @@ def _from_folder(address: str, fallback: str | None) -> Any:
         tokenizer = reader.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # missing files surface as OSError, ValueError, TypeError or KeyError by tokenizer class
         raise ModelError(
-            f"tokenizer: none could be read from '{folder}' ({_files(folder)}): {_first_line(error)}; "
+            f"model.tokenizer: none could be read from '{folder}' ({_files(folder)}): {_first_line(error)}; "
             "name one with tokenizer: FOLDER, or use the built-in tokenizer: bytes"
         ) from error
     if len(tokenizer) < _SMALLEST:
         raise ModelError(
-            f"tokenizer: the one in '{folder}' is empty ({len(tokenizer)} tokens; {_files(folder)}): "
+            f"model.tokenizer: the one in '{folder}' is empty ({len(tokenizer)} tokens; {_files(folder)}): "
             "its vocabulary file is missing or not of this model's kind"
         )
     return tokenizer

@@ -28,7 +28,7 @@ ALTERNATIVES = (
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
-def resolve(weights: str, *, what: str = "weights") -> Path:
+def resolve(weights: str, *, what: str = "model.weights") -> Path:
     """Folder that holds `weights`.
 
     Args:
@@ -91,7 +91,8 @@ def _in_package(weights: str, what: str) -> Path:
 def _verify(path: Path, expected: str) -> None:
     if not path.is_file():
         raise ModelError(f"{path}: missing from the installed package; reinstall it")
-    found = sha256(path)
+    stat = path.stat()
+    found = _sha256(str(path), stat.st_mtime_ns, stat.st_size)
     if found != expected:
         raise ModelError(
             f"{path}: sha256 is {found}, published is {expected}: the file is damaged or not what it claims to be; "
@@ -125,7 +126,7 @@ def digest(folder: Path) -> str:
     if not files:
         others = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt"))
         found = f" (found {', '.join(others[:3])}, which can run code when read; convert them)" if others else ""
-        raise ModelError(f"weights: no safetensors file in '{folder}'{found}")
+        raise ModelError(f"model.weights: no safetensors file in '{folder}'{found}")
     if len(files) == 1:
         return sha256(files[0])[:12]
     return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()[:12]
