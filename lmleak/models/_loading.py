@@ -79,7 +79,7 @@ def outline(config: Config, family: ModuleType, kind: str) -> Victim:
 
     if config.task not in family.TASKS:
         raise ModelError(f"model.task: {kind} has no {config.task} (it has: {', '.join(family.TASKS)})")
-    with _quiet(), torch.device("meta"):
+    with _quiet(), _own_generator(0), torch.device("meta"):
         if config.weights == "random":
             settings = _random_settings(config, family, kind, {})
         else:

@@ -170,6 +170,8 @@ def test_generic_finds_a_classifier_and_is_not_shared_between_models():
 
 
 def test_outline_has_shapes_and_no_memory():
+    before = torch.get_rng_state()
     victim = outline("gpt2")
+    assert torch.equal(before, torch.get_rng_state())
     assert {parameter.device.type for parameter in victim.module.parameters()} == {"meta"}
     assert sum(parameter.numel() for parameter in victim.module.transformer.parameters()) == 124_439_808
