@@ -30,12 +30,6 @@ class RowSpace:
         """Number of independent inputs that carry gradient; 0 if the spectrum has no edge."""
         return self.basis.shape[0]
 
-    @property
-    def tolerance(self) -> float:
-        """Relative residual that separates inputs inside the space from others: halfway (in orders of magnitude)
-        between the angular error of the space, 1/gap, and 1."""
-        return self.gap**-0.5
-
     def residual(self, x: Tensor) -> Tensor:
         """Share of |x| outside the space, 0..1, [...]; x [..., d] is taken in float64 (1 - |Bx|^2 would lose half)."""
         x = x.double()

@@ -126,9 +126,13 @@ def _assemble(
     ordered: bool,
 ) -> Reconstruction:
     """Accepted tokens per position -> sentences. Anchored positions hold no finding and are filled from the frame."""
-    accepted = [[pair for pair in place if pair[1] <= space.tolerance] for place in found]
-    if not any(accepted):
-        return refuse("no_signal", "no token's input lies in the observed space", describe(space))
+    # Every distinct input adds one to the rank, so the rank says how many of the best candidates are true.
+    ranked = sorted(residual for place in found for _, residual in place)
+    count = min(space.rank, len(ranked) - 1)
+    if ranked[count - 1] > 0.5 * ranked[count]:
+        why = f"tokens in the observed space do not stand out ({ranked[count - 1]:.2g} against {ranked[count]:.2g})"
+        return refuse("no_signal", why, describe(space))
+    accepted = [[pair for pair in place if pair[1] <= ranked[count - 1]] for place in found]
     details = describe(space) | {"residual": max(pair[1] for place in accepted for pair in place)}
     if not ordered:
         tokens = [token for token, _ in accepted[0]]
