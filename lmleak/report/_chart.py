@@ -63,14 +63,16 @@ def _chart(cells: Sequence[Place], metric: str, kind: str, field: str) -> Chart 
     ranked = sorted(lines, key=lambda name: -sum(_mean(group, metric) for group in lines[name].values()))
     drawn = [name for name in lines if name in ranked[:LINES]]
     across = _scale(levels)
-    top = max(1.0, *(_mean(g, metric) for points in lines.values() for g in points.values())) if metric == "psnr" else 1.0
+    top = (
+        max(1.0, *(_mean(g, metric) for points in lines.values() for g in points.values())) if metric == "psnr" else 1.0
+    )
     parts = _frame(levels, across, _epsilons(cells, kind, field), top, metric, field)
     for index, name in enumerate(drawn):
         parts.append(_line(lines[name], across, metric, top, index, len(drawn), name))
     title = f"{_words.metric_name(metric)} against {field.replace('_', ' ')}"
-    svg = Markup('<svg class="chart" viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img" aria-label="{2}">{3}</svg>').format(
-        _WIDTH, _HEIGHT, title, Markup("").join(parts)
-    )
+    svg = Markup(
+        '<svg class="chart" viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img" aria-label="{2}">{3}</svg>'
+    ).format(_WIDTH, _HEIGHT, title, Markup("").join(parts))
     return Chart(kind, field, svg, list(enumerate(drawn)), len(lines) - len(drawn))
 
 
@@ -84,7 +86,10 @@ def _scale(levels: Sequence[float]) -> Mapping[float, float]:
     start = _LEFT + (88 if levels[0] == 0 else 30)
     stop = _WIDTH - _RIGHT - 30
     low, high = math.log10(positive[0]), math.log10(positive[-1])
-    found = {level: start + (stop - start) * ((math.log10(level) - low) / (high - low) if high > low else 0.5) for level in positive}
+    found = {
+        level: start + (stop - start) * ((math.log10(level) - low) / (high - low) if high > low else 0.5)
+        for level in positive
+    }
     return {0.0: _LEFT + 28.0, **found} if levels[0] == 0 else found
 
 
@@ -107,15 +112,21 @@ def _y(value: float, top: float) -> float:
 
 
 def _frame(
-    levels: Sequence[float], across: Mapping[float, float], epsilons: Mapping[float, str], top: float, metric: str, field: str
+    levels: Sequence[float],
+    across: Mapping[float, float],
+    epsilons: Mapping[float, str],
+    top: float,
+    metric: str,
+    field: str,
 ) -> list[Markup]:
     parts = []
     for tick in (0, 0.25, 0.5, 0.75, 1):
         y = _y(tick * top, top)
         parts.append(
-            Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/><text class="ax" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
-                _LEFT, _WIDTH - _RIGHT, y, y, _LEFT - 8, y + 4, _words.percent(tick * top, metric)
-            )
+            Markup(
+                '<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
+                '<text class="ax" x="{}" y="{:.1f}" text-anchor="end">{}</text>'
+            ).format(_LEFT, _WIDTH - _RIGHT, y, y, _LEFT - 8, y + 4, _words.percent(tick * top, metric))
         )
     base, last = _HEIGHT - _BOTTOM, -99.0
     for level in levels:
@@ -123,14 +134,24 @@ def _frame(
         if x - last < 46:  # labels would run into each other
             continue
         last = x
-        parts.append(Markup('<text class="ax" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x, base + 18, _words.number(level)))
+        parts.append(
+            Markup('<text class="ax" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+                x, base + 18, _words.number(level)
+            )
+        )
         if level in epsilons:
             parts.append(
-                Markup('<text class="ax dim" x="{:.1f}" y="{}" text-anchor="middle">ε {}</text>').format(x, base + 34, epsilons[level])
+                Markup('<text class="ax dim" x="{:.1f}" y="{}" text-anchor="middle">ε {}</text>').format(
+                    x, base + 34, epsilons[level]
+                )
             )
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    axis = {"std": "standard deviation of the noise"}.get(field, field.replace("_", " ")) + (", with ε of one release below it" if epsilons else "")
-    parts.append(Markup('<text class="ax dim" x="{:.0f}" y="{}" text-anchor="middle">{}</text>').format(middle, base + 56, axis))
+    axis = {"std": "standard deviation of the noise"}.get(field, field.replace("_", " ")) + (
+        ", with ε of one release below it" if epsilons else ""
+    )
+    parts.append(
+        Markup('<text class="ax dim" x="{:.0f}" y="{}" text-anchor="middle">{}</text>').format(middle, base + 56, axis)
+    )
     if levels[0] == 0:
         x = across[0.0] + 30
         parts.append(Markup('<path class="gap" d="M{0:.0f} {1}l6 -10m0 10l6 -10"/>').format(x, base + 5))
@@ -138,7 +159,13 @@ def _frame(
 
 
 def _line(
-    points: Mapping[float, Sequence[Place]], across: Mapping[float, float], metric: str, top: float, index: int, count: int, name: str
+    points: Mapping[float, Sequence[Place]],
+    across: Mapping[float, float],
+    metric: str,
+    top: float,
+    index: int,
+    count: int,
+    name: str,
 ) -> Markup:
     shift = 5.0 * (index - (count - 1) / 2)  # whiskers of neighbouring lines side by side
     marks, path = [], []
@@ -153,11 +180,15 @@ def _line(
                     index, x, _y(score["low"], top), _y(score["high"], top)
                 )
             )
-        spread = f" [{_words.percent(score.get('low'), metric)}, {_words.percent(score.get('high'), metric)}]" if len(group) == 1 else ""
+        spread = (
+            f" [{_words.percent(score.get('low'), metric)}, {_words.percent(score.get('high'), metric)}]"
+            if len(group) == 1
+            else ""
+        )
         marks.append(
-            Markup('<circle class="f{}" cx="{:.1f}" cy="{:.1f}" r="3.6"><title>{}, noise {}: {}{}</title></circle>').format(
-                index, x, y, name, _words.number(level), _words.percent(_mean(group, metric), metric), spread
-            )
+            Markup(
+                '<circle class="f{}" cx="{:.1f}" cy="{:.1f}" r="3.6"><title>{}, noise {}: {}{}</title></circle>'
+            ).format(index, x, y, name, _words.number(level), _words.percent(_mean(group, metric), metric), spread)
         )
     solid = "M" + " L".join(at for level, at in path if level > 0)
     broken = f"M{path[0][1]} L{path[1][1]}" if path[0][0] == 0 and len(path) > 1 else ""

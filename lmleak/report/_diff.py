@@ -87,7 +87,7 @@ def _assign(references: Sequence[str], recovered: Sequence[str]) -> dict[int, in
 
 
 def worth_showing(scores: Mapping[int, float | None], count: int = 3) -> list[tuple[str, int]]:
-    """Best, median and worst batch of a cell as (what, batch); unscored batches come last, ties go to the first batch."""
+    """Best, median and worst batch of a cell as (what, batch); unscored ones come last, ties go to the first."""
     order = sorted(scores, key=lambda b: (scores[b] is None, -(scores[b] or 0.0), b))
     if not order:
         return []

@@ -35,8 +35,16 @@ def headline(cells: Sequence[Place], metric: str | None) -> str:
             )
     if level > 0:
         unit = " dB" if metric == "psnr" else " %"
-        return f"{who} recovers the data at {_words.metric_name(metric)} {_words.percent(level, metric)}{unit}.".replace(", dB", "")
-    return f"Nothing was recovered in any of the {len(scored)} settings that were tried." if len(scored) > 1 else "Nothing was recovered."
+        return (
+            f"{who} recovers the data at {_words.metric_name(metric)} {_words.percent(level, metric)}{unit}.".replace(
+                ", dB", ""
+            )
+        )
+    return (
+        f"Nothing was recovered in any of the {len(scored)} settings that were tried."
+        if len(scored) > 1
+        else "Nothing was recovered."
+    )
 
 
 def _nothing_scored(cells: Sequence[Place]) -> str:
@@ -58,8 +66,15 @@ def notes(cells: Sequence[Place], metric: str | None) -> list[str]:
     without = len(cells) - len(scored)
     if scored and without:
         counts = {status: sum(place.status == status for place in cells) for status in _words.STATUSES}
-        parts = [f"{count} {_words.STATUSES[status].replace('n/a', 'not applicable')}" for status, count in counts.items() if count]
-        found.append(f"{without} of {len(cells)} cells have no score ({', '.join(parts) or 'undefined'}); they are not counted as 0.")
+        parts = [
+            f"{count} {_words.STATUSES[status].replace('n/a', 'not applicable')}"
+            for status, count in counts.items()
+            if count
+        ]
+        found.append(
+            f"{without} of {len(cells)} cells have no score ({', '.join(parts) or 'undefined'}); "
+            "they are not counted as 0."
+        )
     smallest = min((place.score(metric).get("n") or 0 for place in scored), default=ENOUGH)  # type: ignore[union-attr]
     if smallest < ENOUGH and scored:
         batches = f"{smallest} batch{'es' if smallest != 1 else ''}"
@@ -80,7 +95,7 @@ def _extent(scored: Sequence[Place], metric: str) -> list[str]:
         open_ones = {place.layer for place in leaking}
         safe = [layer for layer in layers if layer not in open_ones]
         if safe:
-            found.append(f"It happens in layer {_runs(layers, open_ones)}, and nowhere in layer {_runs(layers, set(safe))}.")
+            found.append(f"It happens in {_runs(layers, open_ones)}, and nowhere in {_runs(layers, set(safe))}.")
     return found
 
 
@@ -92,7 +107,7 @@ def _defenses(scored: Sequence[Place], metric: str) -> list[str]:
     for name in names:
         best = _best([place for place in scored if place.defense == name], metric)
         epsilon = (best.line.get("privacy") or {}).get("epsilon")
-        label = f"{name} (ε {_words.number(epsilon)})" if epsilon is not None else name
+        label = f"{name} (ε\u00a0{_words.number(epsilon)})" if epsilon is not None else name
         level = best.score(metric)["mean"]  # type: ignore[index]
         if level == 0:
             stopped.append(label)
@@ -116,7 +131,11 @@ def _best(cells: Sequence[Place], metric: str) -> Place:
 
 def _seen(place: Place) -> str:
     what = _words.seen(place.setting.get("select") or {})
-    return f"{what} ({_words.share(place.share)} of the model)" if place.share is not None and place.share < 0.9995 else what
+    return (
+        f"{what} ({_words.share(place.share)} of the model)"
+        if place.share is not None and place.share < 0.9995
+        else what
+    )
 
 
 def _count(place: Place, metric: str) -> str:
@@ -130,12 +149,13 @@ def _count(place: Place, metric: str) -> str:
 
 
 def _runs(order: Sequence[str], chosen: set[str]) -> str:
-    """`{0, 1, 2, 5}` -> `0–2, 5`."""
+    """`{0, 1, 2, 5}` -> `layers 0–2, 5`."""
     numbers = sorted(int(layer) for layer in order if layer in chosen)
+    name = "layer " if len(numbers) == 1 else "layers "
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][1] + 1:
             parts[-1][1] = number
         else:
             parts.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in parts)
+    return name + ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in parts)

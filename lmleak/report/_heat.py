@@ -15,6 +15,7 @@ from lmleak.report._study import Place
 
 _ROW, _GAP, _TOP = 34, 2, 28
 _WIDTHS = ((8, 56), (13, 46), (10**6, 34))  #: (at most so many columns, width of each)
+_PAIRED = 32  #: width of a column where two maps of 12 layers are to stand side by side on a desktop page
 _LETTER = 6.6  #: mean advance of the 12 px label face, measured on the widest of the system faces
 _SHORT_STATUS = {"not_applicable": "n/a", "no_signal": "none", "budget_exhausted": "time", "failed": "fail"}
 
@@ -42,12 +43,10 @@ def panels(cells: Sequence[Place], metric: str) -> list[Panel]:
         label = " · ".join(part for part in title if part)
         # One frame for all multiples, so that a missing row shows as missing; but not for rows that no panel shares.
         shared = len(groups) <= 12
-        names = (
-            (row_names, column_names)
-            if shared
-            else (_study.ordered(group, rows), _study.ordered(group, columns))
-        )
-        found.append(Panel(label, _map(group, metric, rows, columns, *names, label)))
+        names = (row_names, column_names) if shared else (_study.ordered(group, rows), _study.ordered(group, columns))
+        wide = next(width for count, width in _WIDTHS if len(names[1]) <= count)
+        step = _PAIRED if len(groups) > 1 and len(names[1]) > 8 else wide
+        found.append(Panel(label, _map(group, metric, rows, columns, *names, label, step)))
     return found
 
 
@@ -68,8 +67,8 @@ def _map(
     row_names: Sequence[str],
     column_names: Sequence[str],
     label: str,
+    step: int,
 ) -> Markup:
-    step = next(width for count, width in _WIDTHS if len(column_names) <= count)
     long = columns != "layer" and max(map(len, column_names)) * _LETTER > step
     left = min(230.0, 14 + max(_LETTER * len(_cut(name)) for name in row_names))
     top = _TOP + (0.62 * _LETTER * max(len(_cut(name)) for name in column_names) if long else 0)
@@ -89,7 +88,11 @@ def _map(
             )
         )
     if columns == "layer":
-        parts.append(Markup('<text class="ax dim" x="{:.0f}" y="{:.0f}" text-anchor="end">layer</text>').format(left - 10, top - 10))
+        parts.append(
+            Markup('<text class="ax dim" x="{:.0f}" y="{:.0f}" text-anchor="end">layer</text>').format(
+                left - 10, top - 10
+            )
+        )
     for index, name in enumerate(row_names):
         y = top + _ROW * index
         prefix = "layer " if rows == "layer" else ""
@@ -103,9 +106,10 @@ def _map(
             if here:
                 parts.append(_cell(here, metric, left + step * number, y, step - _GAP, _ROW - _GAP))
     title = f"{_words.metric_name(metric)} by {rows} and {columns}" + (f", {label}" if label else "")
-    return Markup('<svg class="map" viewBox="0 0 {0:.0f} {1:.0f}" width="{0:.0f}" height="{1:.0f}" role="img" aria-label="{2}">{3}</svg>').format(
-        width, height, title, Markup("").join(parts)
-    )
+    return Markup(
+        '<svg class="map" viewBox="0 0 {0:.0f} {1:.0f}" width="{0:.0f}" height="{1:.0f}" role="img" '
+        'aria-label="{2}">{3}</svg>'
+    ).format(width, height, title, Markup("").join(parts))
 
 
 def _cell(here: Sequence[Place], metric: str, x: float, y: float, width: float, height: float) -> Markup:
@@ -127,9 +131,9 @@ def _cell(here: Sequence[Place], metric: str, x: float, y: float, width: float, 
     shade = _palette.shade(mean / 40 if metric == "psnr" else mean)
     spread = "" if len(scored) > 1 else interval(scored[0], metric)
     runs = f", mean of {len(scored)} cells" if len(scored) > 1 else f", n = {scored[0].get('n')}"
-    return Markup('<g class="cell"><title>{}: {}{}{}</title><rect class="h{}" {}/><text class="t{}" {}>{}</text></g>').format(
-        where, shown, f" {spread}" if spread else "", runs, shade, box, shade, middle, shown
-    )
+    return Markup(
+        '<g class="cell"><title>{}: {}{}{}</title><rect class="h{}" {}/><text class="t{}" {}>{}</text></g>'
+    ).format(where, shown, f" {spread}" if spread else "", runs, shade, box, shade, middle, shown)
 
 
 def interval(score: dict, metric: str = "") -> str:

@@ -13,7 +13,10 @@ def lines_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Each cell's own line, unchanged, with `run` and `difference` added."""
     cells = _study.places(runs)
     bases = _bases(cells)
-    return [{**place.line, "run": place.run.name, "difference": _difference(place, bases.get(_apart(place)))} for place in cells]
+    return [
+        {**place.line, "run": place.run.name, "difference": _difference(place, bases.get(_apart(place)))}
+        for place in cells
+    ]
 
 
 def _apart(place: Place) -> tuple[str, ...]:
@@ -54,7 +57,7 @@ def _difference(place: Place, base: Place | None) -> dict[str, Any] | None:
 
 
 def print_table(lines: Sequence[Mapping[str, Any]], file: IO[str] | None = None) -> None:
-    """Prints lines of `compare` or of a run: axes, scores in percent with 95 % intervals, CPU seconds, share of the model.
+    """Prints lines of `compare` or of a run: axes, scores in percent with 95 % intervals, CPU seconds, share.
 
     Args:
         lines: as returned by `compare`, or the aggregated cell lines of a run.
@@ -74,24 +77,32 @@ def print_table(lines: Sequence[Mapping[str, Any]], file: IO[str] | None = None)
     several = len({line.get("run") for line in lines}) > 1
     axes = list(dict.fromkeys(axis for line in lines for axis in line.get("axes") or {}))
     names = [m for m in ("exact_match", "rouge1", "rouge2", "rougeL", "token_accuracy") if _any(lines, m)]
-    names += sorted({m for line in lines for m in line.get("scores") or {}} - {*names, "exact_match", "rouge1", "rouge2", "rougeL", "token_accuracy"})
-    compared = next((m for m in names if any((line.get("difference") or {}).get("scores", {}).get(m) for line in lines)), None)
+    names += sorted(
+        {m for line in lines for m in line.get("scores") or {}}
+        - {*names, "exact_match", "rouge1", "rouge2", "rougeL", "token_accuracy"}
+    )
+    moved = {
+        m: v for line in lines for m, v in ((line.get("difference") or {}).get("scores") or {}).items() if v["mean"]
+    }
+    compared = next((m for m in names if m in moved), None)
     private = any((line.get("privacy") or {}).get("epsilon") is not None for line in lines)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = [*(["run"] if several else []), *(axes or ["cell"]), "status", *names]
     columns += [*([f"{compared} vs base"] if compared else []), *(["ε"] if private else []), "CPU s", "share"]
     for column in columns:
-        table.add_column(column, justify="left" if column in (*axes, "run", "cell", "status") else "right", no_wrap=True)
+        table.add_column(
+            column, justify="left" if column in (*axes, "run", "cell", "status") else "right", no_wrap=True
+        )
     named = _words.labels(v for line in lines for v in (line.get("axes") or {}).values() if _words.is_block(v))
     for line in lines:
         row = [*([str(line.get("run"))] if several else [])]
         values = [(a, (line.get("axes") or {}).get(a)) for a in axes]
-        row += [named[_words.key(v)] if _words.is_block(v) else axis_value(v) for _, v in values] or [
-            str(line["cell"])
-        ]
+        row += [named[_words.key(v)] if _words.is_block(v) else axis_value(v) for _, v in values] or [str(line["cell"])]
         row += [str(line["status"]), *(scored(line, m) for m in names)]
         if compared:
-            row.append(_shown(((line.get("difference") or {}).get("scores") or {}).get(compared), compared, signed=True))
+            row.append(
+                _shown(((line.get("difference") or {}).get("scores") or {}).get(compared), compared, signed=True)
+            )
         if private:
             row.append(_words.number((line.get("privacy") or {}).get("epsilon")))
         cpu = (line.get("seconds") or {}).get("attack_cpu")
@@ -126,7 +137,9 @@ def _shown(score: Mapping[str, Any] | None, metric: str, signed: bool = False) -
 
     def text(value: float) -> str:
         return ("+" if signed and value > 0 else "") + (
-            _words.percent(value, metric) if not signed or metric == "psnr" else f"{100 * value:.0f}".replace("-", "−").replace("−0", "0")
+            _words.percent(value, metric)
+            if not signed or metric == "psnr"
+            else f"{100 * value:.0f}".replace("-", "−").replace("−0", "0")
         )
 
     if score.get("low") is None or score.get("high") is None:

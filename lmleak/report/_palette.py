@@ -85,6 +85,6 @@ def luminance(rgb: tuple[float, float, float]) -> float:
 
 
 def _ink(rgb: tuple[float, float, float]) -> str:
-    """Near-black or near-white, whichever stands out more."""
+    """Black or white, whichever stands out more: of these two, one always has a contrast of 4.5 or more."""
     level = luminance(rgb)
-    return "#1b1a19" if (level + 0.05) / 0.06 > 1.0 / (level + 0.05) else "#fffdf9"
+    return "#000000" if (level + 0.05) / 0.05 > 1.05 / (level + 0.05) else "#ffffff"

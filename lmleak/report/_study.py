@@ -24,7 +24,9 @@ class Run:
     recipe_text: str
     facts: Mapping[str, Any]  #: run.json
     lines: tuple[Mapping[str, Any], ...]  #: one aggregated line a cell
-    batches: Mapping[str, Mapping[int, Mapping[str, Any]]] = field(default_factory=dict)  #: cell -> batch -> result line
+    batches: Mapping[str, Mapping[int, Mapping[str, Any]]] = field(
+        default_factory=dict
+    )  #: cell -> batch -> result line
     examples: Mapping[str, Mapping[int, Mapping[str, Any]]] = field(default_factory=dict)  #: cell -> batch -> texts
 
 
@@ -99,7 +101,7 @@ _PLACED = frozenset({"select.layers", "select.components", "select.target_module
 
 
 def settle(recipe: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with each swept value put in its place: `select.layers` into the block, `defense` for the whole block."""
+    """The recipe with each swept value in its place: `select.layers` into the block, `defense` for all of it."""
     setting = {k: dict(v) if isinstance(v, Mapping) else v for k, v in recipe.items() if k != "sweep"}
     for dotted, value in axes.items():
         *parents, last = dotted.split(".")
@@ -108,7 +110,7 @@ def settle(recipe: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]
             inner = target.get(name)
             target[name] = dict(inner) if isinstance(inner, Mapping) else {}
             target = target[name]
-        if value is None and parts and parts[0] != "select":
+        if value is None and parents and parents[0] != "select":
             target.pop(last, None)  # the kind of this cell has no such field
         else:
             target[last] = value

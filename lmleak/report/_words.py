@@ -133,7 +133,7 @@ def selection(select: Mapping[str, Any]) -> str:
 
 
 def seen(select: Mapping[str, Any]) -> str:
-    """`{components: [attn_query], layers: [0]}` -> `one query matrix (layer 0 ...` as the object of `sees the gradient of`."""
+    """`{components: [attn_query], layers: [0]}` -> `one query matrix of layer 0`, as part of a sentence."""
     components, where = select.get("components") or [], select.get("layers")
     components = [components] if isinstance(components, str) else list(components)
     single = isinstance(where, (list, tuple)) and len(where) == 1 and "-" not in str(where[0])[1:]
@@ -145,7 +145,10 @@ def seen(select: Mapping[str, Any]) -> str:
             what = "whole layers"
     else:
         what = selection(select)
-    if what in ("the embedding table", "the pooler", "the head", "the whole encoder", "the whole model") or what == "all":
+    if (
+        what in ("the embedding table", "the pooler", "the head", "the whole encoder", "the whole model")
+        or what == "all"
+    ):
         return "the whole model" if what == "all" and where is None else what
     return f"{what} of layer {layers(where)}" if single else f"{what} of layers {layers(where)}" if where else what
 

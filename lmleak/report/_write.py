@@ -26,7 +26,9 @@ EXAMPLE_CELLS = 40  #: cells with examples; 3 batches of 120 words each keep the
 _MAPS = 240  #: heat maps drawn at all: 1,000 cells in 1,000 panels would say nothing and weigh megabytes
 
 
-def write(run_dirs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None) -> Path:
+def write(
+    run_dirs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None
+) -> Path:
     """Writes one self-contained HTML page about one or more runs, and `cells.csv` beside it.
 
     The page has no script and loads nothing: it opens with the network off, and whatever text an attack recovered is
@@ -88,7 +90,10 @@ def page(runs: Sequence[Run]) -> str:
         headline=_headline.headline(cells, main),
         notes=_headline.notes(cells, main),
         facts=_facts(runs, cells),
-        maps=[(m, _words.metric_name(m), _heat.legend(m), _heat.panels(cells, m)[:_MAPS]) for m in shown or ["exact_match"]]
+        maps=[
+            (m, _words.metric_name(m), _heat.legend(m), _heat.panels(cells, m)[:_MAPS])
+            for m in shown or ["exact_match"]
+        ]
         if cells
         else [],
         panels=PANELS,
@@ -112,7 +117,9 @@ def page(runs: Sequence[Run]) -> str:
 @cache
 def _template() -> jinja2.Template:
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    made = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made = jinja2.Environment(
+        loader=folder, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     made.filters.update(
         score=_lines.scored,
         percent=_words.percent,
@@ -156,7 +163,9 @@ def _facts(runs: Sequence[Run], cells: Sequence[Place]) -> list[tuple[str, str]]
     return [(name, value) for name, value in facts if value]
 
 
-def _examples(cells: Sequence[Place], metric: str | None) -> list[tuple[Place, list[tuple[str, int, str, list[_diff.Pair]]]]]:
+def _examples(
+    cells: Sequence[Place], metric: str | None
+) -> list[tuple[Place, list[tuple[str, int, str, list[_diff.Pair]]]]]:
     """Best, median and worst batch of cells that stored reconstructions, best-scoring cells first."""
 
     def level(place: Place) -> float:
@@ -196,7 +205,6 @@ def _where(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "command": command,
-        "again": f"lmleak run {shlex.quote(str(run.folder / 'recipe.yaml'))}",
         "facts": [(k, _short(v)) for k, v in _flat(run.facts) if k.split(".")[0] not in left_out],
         "recipe": run.recipe_text,
     }
@@ -205,7 +213,9 @@ def _where(run: Run) -> dict[str, Any]:
 def _flat(facts: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for key, value in facts.items():
-        found += _flat(value, f"{before}{key}.") if isinstance(value, Mapping) and value else [(f"{before}{key}", value)]
+        found += (
+            _flat(value, f"{before}{key}.") if isinstance(value, Mapping) and value else [(f"{before}{key}", value)]
+        )
     return found
 
 

@@ -46,10 +46,12 @@ def write(
     spoil: Callable[[str, float, int], str] | None = None,
     privacy: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = lambda axes: None,
 ) -> Path:
-    """Writes a folder whose cells are the product of the recipe's sweep; `level(axes, batch)` says how each batch went."""
+    """A folder whose cells are the product of the recipe's sweep; `level(axes, batch)` says how each batch went."""
     texts, spoil = list(texts), spoil or _spoil
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(made), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(
+        yaml.safe_dump(dict(made), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
     facts = {
         "version": "0.1.0",
         "status": "done",
