@@ -60,10 +60,11 @@ def _lines(source: Source, problems: Iterable[Any]) -> list[str]:
 def _places(value: Any, key: Key = ()) -> dict[Key, str]:
     """A mapping has no lines: every key's place is the mapping itself."""
     out: dict[Key, str] = {key: "recipe"}
-    for inner, item in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for inner, item in items:
         out |= _places(item, (*key, inner))
     return out
 
 
 def _file_safe(stem: str) -> str:
-    return "".join(letter if letter.isalnum() and letter.isascii() or letter in "_.-" else "-" for letter in stem)
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", stem)

@@ -60,13 +60,19 @@ class Recipe(BaseModel):
 
         It is the place of the value that the message names, in the block or in a sweep over it; else the block's own.
         """
-        message = str(error)
+        message, inside = str(error), (field,)
+        # Messages often open with the field they are about: `model.weights: ...`, `layers: ...`.
+        opening = re.match(r"(\w+(?:\.\w+)*): ", message)
+        if opening:
+            path = tuple(opening[1].removeprefix(f"{field}.").split("."))
+            if path[0] in Select.model_fields if field == "select" else opening[1].startswith(f"{field}."):
+                inside, message = (field, *path), message[opening.end() :]
         named = [
             (len(str(value)), key)
-            for key, value in self._leaves(field)
-            if re.search(rf"(?<![\w.]){re.escape(str(value))}(?![\w.]*\w)", message)
+            for key, value, real in self._leaves(field)
+            if real[: len(inside)] == inside and re.search(rf"(?<![\w.]){re.escape(str(value))}(?![\w.]*\w)", message)
         ]
-        key = max(named, key=lambda pair: pair[0])[1] if named else (field,)
+        key = max(named, key=lambda pair: pair[0])[1] if named else inside
         return f"{self.place(*key)}: {dotted(key)}: {message}"
 
     def to_yaml(self) -> str:
@@ -76,14 +82,18 @@ class Recipe(BaseModel):
             fields["sweep"] = self.sweep[0] if len(self.sweep) == 1 else self.sweep
         return dump(fields)
 
-    def _leaves(self, field: str) -> Iterator[tuple[Key, Any]]:
+    def _leaves(self, field: str) -> Iterator[tuple[Key, Any, Key]]:
+        """Strings and numbers of a block and of sweeps over it: key in the text, value, key in the block."""
         for key in self._source.places if self._source else ():
-            head = next((part for part in key if isinstance(part, str) and part != "sweep"), "")
             value = self._source.value
             for part in key:
                 value = value[part]
-            if head.split(".")[0] == field and isinstance(value, str | int) and str(value):
-                yield key, value
+            real = key
+            if key and key[0] == "sweep":
+                at = next((i for i, part in enumerate(key[1:], 1) if isinstance(part, str)), len(key))
+                real = (*str(key[at]).split("."), *key[at + 2 :]) if at < len(key) else ()
+            if real[:1] == (field,) and isinstance(value, str | int) and str(value):
+                yield key, value, real
 
 
 def digest(value: Any) -> str:
@@ -113,9 +123,7 @@ def resolve(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     Returns:
         the fields with all defaults, and every problem found.
     """
-    problems = [
-        Problem((key,), unknown(key, list(FIELDS), "a recipe"), "key") for key in data if key not in FIELDS
-    ]
+    problems = [Problem((key,), unknown(key, list(FIELDS), "a recipe"), "key") for key in data if key not in FIELDS]
     out: dict[str, Any] = {}
     for name in BLOCKS:
         if name not in data:
@@ -156,4 +164,3 @@ def _metrics(raw: Any) -> tuple[list[dict[str, Any]], list[Problem]]:
             problems.append(Problem(("metrics", i), f"'{made['kind']}' is given twice"))
         out.append(made)
     return out, problems
-
