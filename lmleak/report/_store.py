@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import yaml
 from lmleak.errors import RunError
 from lmleak.report._study import Run
 from lmleak.runs import results
+from lmleak.runs.folder import read_facts
 
 
 def read(folder: Path) -> Run:
@@ -19,18 +19,17 @@ def read(folder: Path) -> Run:
     Raises:
         RunError: it is no run folder, or its recipe or run.json is damaged.
     """
+    known = read_facts(folder)
     recipe = folder / "recipe.yaml"
-    if not recipe.is_file():
-        raise RunError(f"{folder}: no run folder (it has no recipe.yaml)")
+    if known is None or not recipe.is_file():
+        raise RunError(f"{folder}: no run folder (it has no {'run.json' if known is None else 'recipe.yaml'})")
     text = recipe.read_text(encoding="utf-8", errors="replace")
-    facts = folder / "run.json"
     try:
         settled = yaml.safe_load(text)
-        known = json.loads(facts.read_text(encoding="utf-8", errors="replace")) if facts.is_file() else {}
-    except (yaml.YAMLError, ValueError) as error:
-        raise RunError(f"{folder}: damaged recipe.yaml or run.json: {error}") from error
-    if not isinstance(settled, dict) or not isinstance(known, dict):
-        raise RunError(f"{folder}: damaged recipe.yaml or run.json: should be mappings")
+    except yaml.YAMLError as error:
+        raise RunError(f"{recipe}: damaged: {error}") from error
+    if not isinstance(settled, dict):
+        raise RunError(f"{recipe}: damaged: not a mapping")
     return Run(
         name=folder.resolve().name,
         folder=folder,
@@ -44,7 +43,7 @@ def read(folder: Path) -> Run:
 
 
 def _by_cell(lines: Any) -> dict[str, dict[int, dict[str, Any]]]:
-    """cell -> batch -> line; a batch that was redone counts as its last line."""
+    """cell -> batch -> line."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for line in lines:
         found.setdefault(str(line["cell"]), {})[int(line["batch"])] = line

@@ -169,6 +169,8 @@ def labels(blocks: Iterable[Mapping[str, Any]]) -> dict[str, str]:
             always = ("noise_multiplier",) if kind == "dp_sgd" else ("std",)
             fields = [*(f for f in always if f in block), *(f for f in fields if f not in always)]
         shown = " ".join(f"{_SHORT.get(f, f)} {number(block[f])}" for f in fields)
+        if block.get("noise_multiplier") == 0:
+            kind, shown = "clipping only", " ".join(part for part in shown.split(" ")[2:])
         found[name] = f"{_KINDS.get(kind, kind)} {shown}".strip()
     return found
 

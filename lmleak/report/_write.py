@@ -23,6 +23,7 @@ from lmleak.report._study import Place, Run
 OPEN_ROWS = 40  #: a longer table is folded
 PANELS = 12  #: heat maps shown at once; the others are folded
 EXAMPLE_CELLS = 40  #: cells with examples; 3 batches of 120 words each keep them below 1 MB
+OPEN_EXAMPLES = 8  #: cells with examples listed at once; the others are folded
 _MAPS = 240  #: heat maps drawn at all: 1,000 cells in 1,000 panels would say nothing and weigh megabytes
 
 
@@ -102,12 +103,13 @@ def page(runs: Sequence[Run]) -> str:
         columns=moving or ["component", "layer"],
         names={(p.run.name, p.cell): _study.describe(p, moving or ["component", "layer"]) for p in cells},
         open_rows=OPEN_ROWS,
+        open_examples=OPEN_EXAMPLES,
         examples=_examples(cells, main),
         private=_private(cells),
         unclipped=any(_kind(p) == "gaussian_noise" for p in cells),
         charts=_chart.charts(cells, charted) if charted else [],
         charted=_words.metric_name(charted or ""),
-        failures=[p for p in cells if p.status != "ok"],
+        failures=[p for p in cells if p.status != "ok" or p.line.get("reason")],
         where=[_where(run) for run in runs],
         style=Markup(_palette.stylesheet()),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -201,7 +203,7 @@ def _where(run: Run) -> dict[str, Any]:
     """What ran where: run.json flattened, the recipe, and the commands that do it again."""
     argv = run.facts.get("argv")
     command = shlex.join(str(part) for part in argv) if isinstance(argv, list) else str(argv or "")
-    left_out = {"argv", "recipe"}
+    left_out = {"argv", "cells", "selections"}  # said elsewhere on the page, and long
     return {
         "name": run.name,
         "command": command,

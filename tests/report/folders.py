@@ -62,7 +62,12 @@ def write(
     }
     sweep = made.get("sweep") or {}
     cells = [dict(zip(sweep, point, strict=True)) for point in itertools.product(*sweep.values())]
-    facts["cells"] = [{"id": f"{number:012x}", "axes": axes} for number, axes in enumerate(cells)]
+    facts["cells"] = [
+        {"id": f"{number:012x}", "axes": axes, "batches": batches, "selection": "s"}
+        for number, axes in enumerate(cells)
+    ]
+    facts["selections"] = {"s": {"parameters": ["bert.encoder.layer.0.attention.self.query.weight"], "share": 0.0065}}
+    facts["metrics"] = made["metrics"]
     (folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
     with (
         (folder / "results-0.jsonl").open("w", encoding="utf-8") as results,
@@ -91,7 +96,6 @@ def write(
                     "seconds": {"observe_cpu": 0.01, "attack_cpu": 0.12, "total": 0.15},
                     "details": {},
                     "privacy": privacy(axes),
-                    "select": {"parameters": ["bert.encoder.layer.0.attention.self.query.weight"], "share": 0.0065},
                     "time": "2026-01-05T10:00:01+00:00",
                 }
                 results.write(json.dumps(line) + "\n")
