@@ -34,6 +34,11 @@ def keys(config: Config) -> tuple[str, ...]:
     return KEYS
 
 
+def prepare(config: Config) -> None:
+    """Imports rouge-score (and with it nltk, 2 CPU seconds), so that the first batch is not charged for it."""
+    _scorer()
+
+
 def score(config: Config, reconstruction: Reconstruction, reference: Reference) -> dict[str, float | None]:
     """F-measures in 0..1, None where the reference has no such n-gram or is no text."""
     texts = [text for text in reference.texts if text.strip()]

@@ -1,0 +1,79 @@
+"""Which units (a cell's batch each) a run has, which are left, and which rank does which."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lmleak.config import Cell
+
+
+class Unit(NamedTuple):
+    """The smallest piece of work: one batch under one cell."""
+
+    cell: int  #: index into the run's cells
+    batch: int  #: index into the cell's batches
+
+
+def model_key(cell: Cell) -> str:
+    """Equal for cells that load the same model."""
+    return json.dumps([cell.recipe.model, cell.recipe.seed], sort_keys=True)
+
+
+def data_key(cell: Cell) -> str:
+    """Equal for cells that meet the same batches."""
+    return json.dumps([cell.recipe.model, cell.recipe.seed, cell.recipe.data], sort_keys=True)
+
+
+def selection_key(cell: Cell) -> str:
+    """Equal for cells that observe the same tensors."""
+    return json.dumps([cell.recipe.model, cell.recipe.seed, cell.recipe.select], sort_keys=True)
+
+
+def remaining(
+    counts: Sequence[int], ids: Sequence[str], done: Mapping[tuple[str, int], Mapping[str, Any]]
+) -> list[Unit]:
+    """Units without a result, or with a failed one, in the order of cells and batches.
+
+    Args:
+        counts: batches of each cell.
+        ids: of each cell.
+        done: (cell id, batch) -> result line.
+    """
+    return [
+        Unit(cell, batch)
+        for cell, (key, count) in enumerate(zip(ids, counts, strict=True))
+        for batch in range(count)
+        if done.get((key, batch), {}).get("status", "failed") == "failed"
+    ]
+
+
+def deal(units: Collection[Unit], models: Sequence[str], ranks: int) -> list[list[Unit]]:
+    """Splits units between ranks, the same way on every rank and for every order of finishing.
+
+    Cells of one model stay together where that keeps the ranks even; a model with more than its rank's share is
+    dealt out unit by unit, so that cheap and dear cells meet on every rank.
+
+    Args:
+        units: what is left.
+        models: `model_key` of each cell.
+        ranks: number of processes.
+
+    Returns:
+        one list a rank, models one after another, cells in order.
+    """
+    groups: dict[str, list[Unit]] = {}
+    for unit in units:
+        groups.setdefault(models[unit.cell], []).append(unit)
+    hands: list[list[Unit]] = [[] for _ in range(ranks)]
+    share = len(units) / ranks
+    for group in sorted(groups.values(), key=lambda group: -len(group)):
+        smallest = min(hands, key=len)
+        if len(smallest) + len(group) <= share:
+            smallest.extend(group)
+            continue
+        for unit in group:
+            min(hands, key=len).append(unit)
+    order = {model: place for place, model in enumerate(dict.fromkeys(models))}
+    return [sorted(hand, key=lambda unit: (order[models[unit.cell]], unit)) for hand in hands]

@@ -1,0 +1,175 @@
+"""Models, batches and selections of cells, each loaded once and kept while the next unit needs it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lmleak.config import Cell
+from lmleak.errors import LmleakError, RecipeError, RunError
+from lmleak.runs.plan import data_key, model_key, selection_key
+from lmleak.seeds import derive
+
+if TYPE_CHECKING:
+    from lmleak.records import Batch, Observation, Reconstruction, Selection, Victim
+
+
+class Workbench:
+    """One process's models and data.
+
+    One model at a time: two of BERT-base's size would cost 0.9 GB, and units come ordered by model.
+    """
+
+    def __init__(self, identities: Mapping[str, str] | None = None):
+        """`identities` are those a former start of the run stored; loading anything else then is an error."""
+        self.identities = dict(identities or {})
+        self._victim: tuple[str, Victim] | None = None
+        self._batches: dict[str, list[Batch]] = {}
+        self._selections: dict[str, Selection] = {}
+
+    def victim(self, cell: Cell) -> Victim:
+        """The cell's model.
+
+        Raises:
+            ModelError, RunError: it cannot be loaded; its weights are not those the run began with.
+        """
+        key = model_key(cell)
+        if self._victim is None or self._victim[0] != key:
+            from lmleak.models import load_model
+
+            self._victim = None  # before the next one is loaded, or both are in memory
+            victim = load_model(**cell.recipe.model, seed=cell.recipe.seed)
+            self._same("model", key, victim.weights)
+            self._victim = key, victim
+        return self._victim[1]
+
+    def batches(self, cell: Cell) -> list[Batch]:
+        """The cell's batches; those of the last two data blocks are kept.
+
+        Raises:
+            DataError, RunError: they cannot be loaded; they are not those the run began with.
+        """
+        key = data_key(cell)
+        if key not in self._batches:
+            from lmleak.data import load_batches
+
+            made = load_batches(self.victim(cell), **cell.recipe.data, seed=cell.recipe.seed)
+            content = [[list(batch.reference.tokens), list(batch.reference.labels)] for batch in made]
+            self._same("data", key, _digest(json.dumps(content, default=list)))
+            while len(self._batches) > 1:
+                self._batches.pop(next(iter(self._batches)))
+            self._batches[key] = made
+        return self._batches[key]
+
+    def selection(self, cell: Cell) -> Selection:
+        """What the cell observes.
+
+        Raises:
+            SelectionError: an entry selects nothing.
+        """
+        key = selection_key(cell)
+        if key not in self._selections:
+            from lmleak.gradients import select
+
+            self._selections[key] = select(self.victim(cell), **cell.recipe.select)
+        return self._selections[key]
+
+    def attack(
+        self, cell: Cell, index: int, progress: Callable[[str], None] | None = None
+    ) -> tuple[Batch, Observation, Reconstruction, dict[str, float]]:
+        """One unit: the client's release, then the attack on it, which is given nothing else of the batch.
+
+        Noise and attack draw from (recipe seed, purpose, batch), so every setting of a sweep meets the same draws.
+
+        Returns:
+            the batch, the observation, the reconstruction, and CPU seconds (all threads) of client and attack.
+        """
+        from lmleak.attacks import attack
+        from lmleak.gradients import grant, observe
+
+        recipe = cell.recipe
+        victim, batch = self.victim(cell), self.batches(cell)[index]
+        start = time.process_time()
+        observation = observe(
+            victim, batch, self.selection(cell), recipe.defense, seed=derive(recipe.seed, "observe", index)
+        )
+        knowledge = grant(victim, batch, **recipe.knowledge)
+        middle = time.process_time()
+        made = attack(
+            observation,
+            victim,
+            **recipe.attack,
+            knowledge=knowledge,
+            seed=derive(recipe.seed, "attack", index),
+            progress=progress,
+        )
+        seconds = {"observe_cpu": middle - start, "attack_cpu": time.process_time() - middle}
+        return batch, observation, made, seconds
+
+    def _same(self, what: str, key: str, now: str) -> None:
+        known = self.identities.setdefault(f"{what}:{_digest(key)}", now)
+        if known != now:
+            raise RunError(
+                f"{what}: not what it was when this run began ({_short(known)} then, {_short(now)} now); "
+                "start a new run with --fresh"
+            )
+
+
+def check(cells: Sequence[Cell], bench: Workbench) -> tuple[list[int], list[Selection]]:
+    """Loads every model, data set, selection and metric that the cells name, before the first of them runs.
+
+    The model that the first cell needs comes last, so that it is still loaded when the run starts.
+
+    Returns:
+        number of batches and selection of each cell.
+
+    Raises:
+        LmleakError: everything that is wrong, each with its place in the recipe.
+    """
+    counts: dict[int, int] = {}
+    selections: dict[int, Selection] = {}
+    faults: dict[str, LmleakError] = {}
+    order = {key: -place for place, key in enumerate(dict.fromkeys(map(model_key, cells)))}
+    for place in sorted(range(len(cells)), key=lambda place: order[model_key(cells[place])]):
+        cell = cells[place]
+        if _fault(faults, cell, "model", lambda cell=cell: bench.victim(cell)) is None:
+            continue
+        found = _fault(faults, cell, "data", lambda cell=cell: bench.batches(cell))
+        counts[place] = len(found or ())
+        selections[place] = _fault(faults, cell, "select", lambda cell=cell: bench.selection(cell))
+    for metrics in {json.dumps(cell.recipe.metrics): cell for cell in cells}.values():
+        _fault(faults, metrics, "metrics", lambda cell=metrics: _metrics(cell))
+    if faults:
+        kinds = {type(error) for error in faults.values()}
+        kind = kinds.pop() if len(kinds) == 1 else RecipeError
+        raise RecipeError(faults) if kind is RecipeError else kind("\n".join(faults))
+    return [counts[place] for place in range(len(cells))], [selections[place] for place in range(len(cells))]
+
+
+def _metrics(cell: Cell) -> bool:
+    from lmleak.metrics import prepare
+
+    prepare(cell.recipe.metrics)
+    return True
+
+
+def _fault(faults: dict[str, LmleakError], cell: Cell, field: str, do: Callable[[], Any]) -> Any:
+    """The result of `do`; where it fails, None, and the error joins `faults` under its place."""
+    try:
+        return do()
+    except RunError:
+        raise
+    except LmleakError as error:
+        faults.setdefault(cell.recipe.explain(error, field), error)
+        return None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _short(text: str) -> str:
+    return text if len(text) < 60 else f"{text[:57]}..."
