@@ -84,15 +84,17 @@ def _read(overrides: Iterable[str]) -> tuple[list[Override], list[str]]:
 
 
 def _pin(data: dict[str, Any], override: Override) -> str | None:
-    """Takes the axes that `override` fixes out of the sweep."""
+    """Takes the axes that `override` fixes out of the sweep; it must be felt in at least one product."""
     sweep = data.get("sweep")
-    for product in sweep if isinstance(sweep, list) else [sweep]:
-        for axis in list(product) if isinstance(product, dict) else []:
-            path = tuple(axis.split("."))
-            if path[: len(override.key)] == override.key:
-                del product[axis]
-            elif override.key[: len(path)] == path:
-                return f"the sweep sets the whole of '{axis}', so this would have no effect; override sweep.{axis}"
+    products = [product for product in (sweep if isinstance(sweep, list) else [sweep]) if isinstance(product, dict)]
+    above = {tuple(override.key[:end]) for end in range(1, len(override.key))}
+    hidden = [[axis for axis in product if tuple(axis.split(".")) in above] for product in products]
+    if products and all(hidden):
+        axis = hidden[0][0]
+        return f"the sweep sets the whole of '{axis}', so this would have no effect; override sweep.{axis}"
+    for product in products:
+        for axis in [axis for axis in product if tuple(axis.split("."))[: len(override.key)] == override.key]:
+            del product[axis]
     return None
 
 

@@ -67,12 +67,13 @@ class Recipe(BaseModel):
             path = tuple(opening[1].removeprefix(f"{field}.").split("."))
             if path[0] in Select.model_fields if field == "select" else opening[1].startswith(f"{field}."):
                 inside, message = (field, *path), message[opening.end() :]
-        named = [
-            (len(str(value)), key)
-            for key, value, real in self._leaves(field)
-            if real[: len(inside)] == inside and re.search(rf"(?<![\w.]){re.escape(str(value))}(?![\w.]*\w)", message)
-        ]
-        key = max(named, key=lambda pair: pair[0])[1] if named else inside
+        named = []
+        for key, value, real in self._leaves(field):
+            found = re.search(rf"(?<![\w.]){re.escape(str(value))}(?![\w.]*\w)", message)
+            if found and real[: len(inside)] == inside:
+                named.append((found.start(), -len(found[0]), key))
+        # The first value that is named is the one at fault; suggestions and what there is come after it.
+        key = min(named, key=lambda one: one[:2])[2] if named else inside
         return f"{self.place(*key)}: {dotted(key)}: {message}"
 
     def to_yaml(self) -> str:

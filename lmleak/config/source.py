@@ -213,7 +213,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: _Dumper, value: str) -> ScalarNode:
-    style = None if isinstance(scalar(value), str) else '"'
+    style = None if isinstance(scalar(value), str) and value.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
