@@ -77,7 +77,7 @@ def _chart(cells: Sequence[Place], metric: str, kind: str, field: str) -> Chart 
 
 
 def _mean(group: Sequence[Place], metric: str) -> float:
-    return sum(place.score(metric)["mean"] for place in group) / len(group)  # type: ignore[index]
+    return sum(place.mean(metric) for place in group) / len(group)
 
 
 def _scale(levels: Sequence[float]) -> Mapping[float, float]:

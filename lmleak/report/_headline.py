@@ -15,19 +15,19 @@ def headline(cells: Sequence[Place], metric: str | None) -> str:
     scored = [place for place in cells if metric and place.score(metric)]
     if not cells:
         return "This run holds no finished cell yet."
-    if not scored:
+    if not scored or not metric:
         return _nothing_scored(cells)
     plain = [place for place in scored if not place.defended] or scored
     best = _best(plain, metric)
     behind = f" Behind {best.defense}:" if best.defended else ""
-    level = best.score(metric)["mean"]  # type: ignore[index]
+    level = best.mean(metric)
     who = f"{behind} Anyone who sees the gradient of {_seen(best)}".strip()
     if metric == "exact_match" and level > 0:
         return f"{who} reads {_count(best, metric)} word for word."
     words = next((m for m in ("rouge1", "rougeL", "token_accuracy") if best.score(m)), None)
     if metric == "exact_match" and words:
         best = _best(plain, words)
-        level = best.score(words)["mean"]  # type: ignore[index]
+        level = best.mean(words)
         if level > 0:
             return (
                 f"No sentence was read word for word. At most {_words.percent(level)} % of the words came back "
@@ -41,7 +41,7 @@ def headline(cells: Sequence[Place], metric: str | None) -> str:
             )
         )
     return (
-        f"Nothing was recovered in any of the {len(scored)} settings that were tried."
+        f"Nothing was recovered in any of the {len(scored):,} settings that were tried."
         if len(scored) > 1
         else "Nothing was recovered."
     )
@@ -50,7 +50,7 @@ def headline(cells: Sequence[Place], metric: str | None) -> str:
 def _nothing_scored(cells: Sequence[Place]) -> str:
     statuses = {place.status for place in cells}
     if statuses == {"failed"}:
-        what = "The only cell failed" if len(cells) == 1 else f"All {len(cells)} cells failed"
+        what = "The only cell failed" if len(cells) == 1 else f"All {len(cells):,} cells failed"
         return f"{what}: this run says nothing about leakage."
     if statuses == {"not_applicable"}:
         return "The attack does not apply to what was observed: this run says nothing about leakage."
@@ -60,11 +60,13 @@ def _nothing_scored(cells: Sequence[Place]) -> str:
 def notes(cells: Sequence[Place], metric: str | None) -> list[str]:
     """Two to five sentences under the headline: where it stops, what a defense did, and what to be careful about."""
     scored = [place for place in cells if metric and place.score(metric)]
-    found = [*_extent(scored, metric), *_defenses(scored, metric)] if scored and metric else []
-    if scored and not any(place.score(metric)["mean"] > 0 for place in scored):  # type: ignore[index]
+    if not scored or not metric:
+        return []
+    found = [*_extent(scored, metric), *_defenses(scored, metric)]
+    if not any(place.mean(metric) > 0 for place in scored):
         found.append("That an attack fails is no proof of safety: a stronger one may succeed.")
     without = len(cells) - len(scored)
-    if scored and without:
+    if without:
         counts = {status: sum(place.status == status for place in cells) for status in _words.STATUSES}
         parts = [
             f"{count} {_words.STATUSES[status].replace('n/a', 'not applicable')}"
@@ -72,11 +74,11 @@ def notes(cells: Sequence[Place], metric: str | None) -> list[str]:
             if count
         ]
         found.append(
-            f"{without} of {len(cells)} cells have no score ({', '.join(parts) or 'undefined'}); "
+            f"{without:,} of {len(cells):,} cells have no score ({', '.join(parts) or 'undefined'}); "
             "they are not counted as 0."
         )
-    smallest = min((place.score(metric).get("n") or 0 for place in scored), default=ENOUGH)  # type: ignore[union-attr]
-    if smallest < ENOUGH and scored:
+    smallest = min((place.score(metric) or {}).get("n") or 0 for place in scored)
+    if smallest < ENOUGH:
         batches = f"{smallest} batch{'es' if smallest != 1 else ''}"
         found.append(f"Scores rest on {batches} a cell: an impression. A claim takes {ENOUGH} or more.")
     return found
@@ -85,11 +87,11 @@ def notes(cells: Sequence[Place], metric: str | None) -> list[str]:
 def _extent(scored: Sequence[Place], metric: str) -> list[str]:
     plain = [place for place in scored if not place.defended] or list(scored)
     verb = "at least one sentence is read word for word" if metric == "exact_match" else "something is recovered"
-    leaking = [place for place in plain if place.score(metric)["mean"] > 0]  # type: ignore[index]
+    leaking = [place for place in plain if place.mean(metric) > 0]
     found = []
     if len(plain) > 1 and leaking:
         kind = "undefended " if any(place.defended for place in scored) and not plain[0].defended else ""
-        found.append(f"In {len(leaking)} of {len(plain)} {kind}settings {verb}.")
+        found.append(f"In {len(leaking):,} of {len(plain):,} {kind}settings {verb}.")
     layers = [layer for layer in _study.ordered(plain, "layer") if layer.lstrip("-").isdigit()]
     if len(layers) > 1 and leaking:
         open_ones = {place.layer for place in leaking}
@@ -108,7 +110,7 @@ def _defenses(scored: Sequence[Place], metric: str) -> list[str]:
         best = _best([place for place in scored if place.defense == name], metric)
         epsilon = (best.line.get("privacy") or {}).get("epsilon")
         label = f"{name} (ε\u00a0{_words.number(epsilon)})" if epsilon is not None else name
-        level = best.score(metric)["mean"]  # type: ignore[index]
+        level = best.mean(metric)
         if level == 0:
             stopped.append(label)
         elif metric == "exact_match":
@@ -126,7 +128,7 @@ def _defenses(scored: Sequence[Place], metric: str) -> list[str]:
 
 def _best(cells: Sequence[Place], metric: str) -> Place:
     """Highest score; among equals the one that needed to see least."""
-    return min(cells, key=lambda place: (-place.score(metric)["mean"], 1.0 if place.share is None else place.share))  # type: ignore[index]
+    return min(cells, key=lambda place: (-place.mean(metric), 1.0 if place.share is None else place.share))
 
 
 def _seen(place: Place) -> str:

@@ -5,8 +5,9 @@ A cell that was not run is blank; one that has no score is hatched and says why;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
@@ -41,9 +42,11 @@ def panels(cells: Sequence[Place], metric: str) -> list[Panel]:
     found = []
     for title, group in groups.items():
         label = " · ".join(part for part in title if part)
-        # One frame for all multiples, so that a missing row shows as missing; but not for rows that no panel shares.
-        shared = len(groups) <= 12
-        names = (row_names, column_names) if shared else (_study.ordered(group, rows), _study.ordered(group, columns))
+        # One frame for all multiples makes a missing cell show as missing. A group that was meant to be smaller, as the
+        # products of a sweep may be, gets its own.
+        names = _study.ordered(group, rows), _study.ordered(group, columns)
+        if 2 * len(names[0]) * len(names[1]) >= len(row_names) * len(column_names):
+            names = row_names, column_names
         wide = next(width for count, width in _WIDTHS if len(names[1]) <= count)
         step = _PAIRED if len(groups) > 1 and len(names[1]) > 8 else wide
         found.append(Panel(label, _map(group, metric, rows, columns, *names, label, step)))
@@ -136,7 +139,7 @@ def _cell(here: Sequence[Place], metric: str, x: float, y: float, width: float, 
     ).format(where, shown, f" {spread}" if spread else "", runs, shade, box, shade, middle, shown)
 
 
-def interval(score: dict, metric: str = "") -> str:
+def interval(score: Mapping[str, Any], metric: str = "") -> str:
     """`[93, 100]`, or nothing where a single batch gives no interval."""
     if score.get("low") is None or score.get("high") is None:
         return ""

@@ -52,7 +52,8 @@ def _difference(place: Place, base: Place | None) -> dict[str, Any] | None:
         ]
         if values:
             score = metrics.paired_difference([a for a, _ in values], [b for _, b in values])
-            found[name] = {"mean": score.mean, "low": score.low, "high": score.high, "n": score.n}
+            if score:
+                found[name] = {"mean": score.mean, "low": score.low, "high": score.high, "n": score.n}
     return {"to": base.cell, "run": base.run.name, "scores": found} if found else None
 
 

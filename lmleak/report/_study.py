@@ -56,6 +56,10 @@ class Place:
         return _block(self.setting, "defense").get("kind", "none") != "none"
 
     @property
+    def seed(self) -> str:
+        return str(self.setting.get("seed", ""))
+
+    @property
     def batch_size(self) -> int:
         return int(_block(self.setting, "data").get("batch_size") or 1)
 
@@ -67,6 +71,13 @@ class Place:
         """`{mean, low, high, n}`, or None where this cell has no such number."""
         found = (self.line.get("scores") or {}).get(metric)
         return found if found and found.get("mean") is not None else None
+
+    def mean(self, metric: str) -> float:
+        """The score's mean, of a cell that has one."""
+        score = self.score(metric)
+        if score is None:
+            raise KeyError(f"{self.cell} has no {metric}")
+        return float(score["mean"])
 
 
 def places(runs: Sequence[Run]) -> list[Place]:

@@ -85,7 +85,10 @@ def page(runs: Sequence[Run]) -> str:
     moving = _study.varying(cells)
     shown = [m for m in ("exact_match", "rougeL", "token_accuracy", "ssim", "psnr") if m in metrics] or metrics[:3]
     charted = next((m for m in ("rougeL", "rouge1", *metrics) if m in metrics), None)
+    several = len({p.seed for p in cells}) > 1
+    leaks = main is not None and any((p.score(main) or {"mean": 0})["mean"] > 0 for p in cells)
     return _template().render(
+        leaks=leaks,
         runs=runs,
         title=" + ".join(dict.fromkeys(str(run.recipe.get("name") or run.name) for run in runs)),
         headline=_headline.headline(cells, main),
@@ -100,8 +103,12 @@ def page(runs: Sequence[Run]) -> str:
         panels=PANELS,
         cells=cells,
         metrics=metrics,
-        columns=moving or ["component", "layer"],
-        names={(p.run.name, p.cell): _study.describe(p, moving or ["component", "layer"]) for p in cells},
+        columns=[*(moving or ["component", "layer"]), *(["seed"] if several else [])],
+        names={
+            (p.run.name, p.cell): _study.describe(p, moving or ["component", "layer"])
+            + (f" · seed {p.seed}" if several else "")
+            for p in cells
+        },
         open_rows=OPEN_ROWS,
         open_examples=OPEN_EXAMPLES,
         examples=_examples(cells, main),

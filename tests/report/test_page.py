@@ -186,3 +186,28 @@ def test_what_is_no_run_folder_is_an_error(tmp_path: Path) -> None:
         report.write(tmp_path)
     with pytest.raises(RunError, match="no run folder"):
         report.write([])
+
+
+def test_seeds_are_told_apart_in_the_table_and_averaged_in_the_map(tmp_path: Path) -> None:
+    def level(axes, batch):
+        return ("ok", 1.0 if axes["seed"] else 0.0, None)
+
+    text = html(folders.write(tmp_path / "run", folders.recipe({"seed": [0, 1]}), level, 4))
+    drawn = re.search(r'<svg class="map".*?</svg>', text, re.S)[0]
+    assert "mean of 2 cells" in drawn
+    assert ">50</text>" in drawn
+    assert "<th>seed</th>" in text
+
+
+def test_a_run_without_a_finished_cell_says_so(tmp_path: Path) -> None:
+    folder = folders.write(tmp_path / "run", folders.recipe({}), lambda axes, batch: ("ok", 1.0, None), 0)
+    assert headline(html(folder)) == "This run holds no finished cell yet."
+
+
+def test_cells_that_answered_in_part_are_listed(tmp_path: Path) -> None:
+    def level(axes, batch):
+        return ("ok", 1.0, None) if batch else ("no_signal", None, "the gradient is zero")
+
+    section = html(folders.write(tmp_path / "run", folders.recipe({}), level, 4)).split('<section id="failures">')[1]
+    assert "ok in part" in section
+    assert "1 of 4 batches no_signal: the gradient is zero" in section
