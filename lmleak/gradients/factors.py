@@ -136,7 +136,9 @@ class Tape:
             Entry name -> its uses. A parameter the loss does not reach has factors of zero.
         """
         seen = {edge: y for calls in self.calls.values() for *_, y, edge in calls}
-        grads = torch.autograd.grad(losses.sum(), list(seen), create_graph=create_graph, allow_unused=True)
+        with torch.enable_grad():
+            total = losses.sum()
+        grads = torch.autograd.grad(total, list(seen), create_graph=create_graph, allow_unused=True)
         delta = {
             edge: torch.zeros_like(y) if grad is None else grad
             for (edge, y), grad in zip(seen.items(), grads, strict=True)

@@ -1,0 +1,129 @@
+"""How far candidate sentences' gradients are from the observed ones, for many candidates in one forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lmleak.gradients.factors import Factor, capture, inner, squared_norms
+from lmleak.gradients.losses import forward, sample_losses
+from lmleak.records import Entry, Observation, Victim
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Parameters need no gradient and dropout is off inside; both are put back."""
+    wanted = [p for p in module.parameters() if p.requires_grad]
+    modes = {m: m.training for m in module.modules()}
+    for p in wanted:
+        p.requires_grad_(False)
+    module.eval()
+    try:
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)
+        for m, training in modes.items():
+            m.training = training
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape of what is searched: b sentences of known lengths in a rectangle of s positions."""
+
+    lengths: tuple[int, ...]
+
+    @property
+    def batch(self) -> int:
+        """Sentences a candidate."""
+        return len(self.lengths)
+
+    @property
+    def width(self) -> int:
+        """Positions of the longest sentence."""
+        return max(self.lengths)
+
+    def mask(self, device: torch.device) -> Tensor:
+        """[b, s] 1 at tokens."""
+        places = torch.arange(self.width, device=device)
+        return (places < torch.tensor(self.lengths, device=device)[:, None]).long()
+
+
+class Objective:
+    """Distance between the observed gradients and those of k candidates, from factors: no candidate gradient is formed
+    except by `tag`, whose L1 term has no factored form.
+
+    Euclidean: DLG (Zhu et al. 2019, 1906.08935); cosine, mean over tensors: Geiping et al. 2020 (2003.14053) as LAMP
+    (Balunovic et al. 2022, 2202.08827) uses it; tag: euclidean + alpha L1 (Deng et al. 2021, 2103.06819).
+    """
+
+    def __init__(self, victim: Victim, observation: Observation, layout: Layout, kind: str, alpha: float = 0.01):
+        self.victim, self.layout, self.kind, self.alpha = victim, layout, kind, alpha
+        self.reduction = observation.reduction
+        table = victim.module.get_input_embeddings()
+        self.entries = tuple(e for e in observation.entries if self._reachable(e, table))
+        self.targets = {e.name: observation.gradients[e.name].to(table.weight.dtype) for e in self.entries}
+        self.norms = {name: target.norm() for name, target in self.targets.items()}
+        self.mask = layout.mask(table.weight.device)
+
+    def _reachable(self, entry: Entry, table: nn.Module) -> bool:
+        # Candidates are embeddings, not ids: the token table takes no part in their forward pass.
+        return self.victim.module.get_submodule(entry.module) is not table
+
+    def __call__(self, embeds: Tensor, labels: Tensor, *, create_graph: bool = False) -> Tensor:
+        """Distance of every candidate, [k].
+
+        Args:
+            embeds: [k, b, s, d] token embeddings before positions are added.
+            labels: [k, b] classes, or [k, b, s] token labels.
+            create_graph: for a step of optimisation; then `embeds` must require gradients.
+        """
+        k, b, s, _ = embeds.shape
+        module = self.victim.module
+        inputs = {
+            "inputs_embeds": embeds.flatten(0, 1),
+            "attention_mask": self.mask.repeat(k, 1),
+            "position_ids": self._positions(s).expand(k * b, -1),
+        }
+        with capture(module, self.entries) as tape:
+            logits = forward(module, inputs)
+            losses = self._losses(logits, labels.flatten(0, 1))
+        factors = tape.factors(losses, create_graph=create_graph)
+        return self._distance({name: [use.grouped(b) for use in uses] for name, uses in factors.items()}, k)
+
+    def _positions(self, s: int) -> Tensor:
+        first = getattr(self.victim.family, "first_position", None)
+        return torch.arange(s, device=self.mask.device) + (first(self.victim.module) if first else 0)
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        own = sample_losses(logits, labels, self.victim.task, "sum")
+        if self.reduction == "sum":
+            return own
+        counts = torch.ones_like(own) if labels.dim() == 1 else (labels[:, 1:] != -100).sum(1).to(own.dtype)
+        share = counts.view(-1, self.layout.batch)
+        return own * (share / share.sum(1, keepdim=True)).flatten()
+
+    def _distance(self, factors: dict[str, list[Factor]], k: int) -> Tensor:
+        out = self.mask.new_zeros(k, dtype=torch.get_default_dtype()).to(next(iter(self.targets.values())).dtype)
+        for name, uses in factors.items():
+            target, norm = self.targets[name], self.norms[name]
+            product, squared = inner(uses, target), squared_norms(uses)
+            if self.kind == "cosine":
+                # Two zero tensors agree: a module whose gradient vanishes (a key's bias) carries no evidence.
+                own = squared.clamp_min(1e-24).sqrt()
+                out = out + (1 - product / (own * norm).clamp_min(1e-24)) / len(factors)
+                continue
+            out = out + (squared - 2 * product + norm**2).clamp_min(0)
+            if self.kind == "tag":
+                dense = sum(use.each() for use in uses)
+                out = out + self.alpha * (dense - target).abs().flatten(1).sum(1)  # type: ignore[union-attr]
+        return out
+
+    def scored(self, embeds: Tensor, labels: Tensor, *, chunk: int = 64) -> Tensor:
+        """The same without a graph, in chunks: memory does not grow with the number of candidates."""
+        parts = zip(embeds.detach().split(chunk), labels.split(chunk), strict=True)
+        return torch.cat([self(part, label).detach() for part, label in parts])

@@ -1,0 +1,248 @@
+"""Gradient matching on embeddings with LAMP's discrete moves (DLG 1906.08935, TAG 2103.06819, LAMP 2202.08827).
+
+All restarts are one batch: a step is one forward and one double backward through (input, output-gradient) factors.
+Defaults are LAMP's cosine schedule on a 2,000-step budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from lmleak.attacks._moves import reorder, shuffle
+from lmleak.attacks._objective import Layout, Objective, frozen
+from lmleak.attacks._prior import Prior, load_prior
+from lmleak.attacks._rowspace import matrix, row_space, weights
+from lmleak.attacks._text import Frame, refuse, sentence, special_frame
+from lmleak.errors import LmleakError
+from lmleak.records import Knowledge, Observation, Reconstruction, Victim
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Config(BaseModel):
+    """Defaults: LAMP with the cosine loss (its appendix and code); TAG is `objective: tag, steps: 2500, lr: 0.1`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    objective: Literal["cosine", "euclidean", "tag"] = "cosine"
+    steps: Positive = 2000
+    restarts: Positive = 1
+    lr: Annotated[float, Field(gt=0)] = 0.01
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.89  #: factor every `lr_decay_every` steps
+    lr_decay_every: Positive = 50
+    inits: Positive = 500  #: random embeddings tried for every restart
+    permutations: Count = 500  #: orders tried of the best of them
+    norm_weight: Annotated[float, Field(ge=0)] = 1.0  #: pull of the mean embedding norm to the table's
+    alpha: Annotated[float, Field(ge=0)] = 0.01  #: weight of tag's L1 term
+    moves: Count = 200  #: reorderings scored at every discrete step; 0 turns them off
+    moves_every: Positive = 75
+    moves_from: Annotated[float, Field(ge=0, le=1)] = 0.1  #: share of the steps before the first
+    prior: str | None = None  #: causal language model (hub id, folder, package:NAME/PATH) that scores reorderings
+    prior_weight: Annotated[float, Field(ge=0)] = 0.2
+
+
+def attack(
+    config: Config,
+    observation: Observation,
+    knowledge: Knowledge,
+    victim: Victim,
+    generator: torch.Generator,
+    progress: Callable[[str], None],
+) -> Reconstruction:
+    """Moves random embeddings until their gradient matches the observed one, then reads off the nearest tokens.
+
+    Lengths come from the rank of an observed weight gradient where they are not granted; class labels that are not
+    granted are tried, a restart each. For language models the labels are the candidate's own nearest tokens.
+
+    Raises:
+        ModelError: the prior cannot be loaded.
+    """
+    attention = getattr(victim.module.config, "_attn_implementation", "eager")
+    if attention != "eager":
+        why = f"attn_implementation '{attention}' has no double backward; set model.attn_implementation: eager"
+        return refuse("not_applicable", why)
+    frame = special_frame(victim, knowledge)
+    lengths = knowledge.lengths or lengths_from_rank(victim, observation)
+    if lengths is None:
+        return refuse("not_applicable", "length unknown: no rank to read it from; grant knowledge.lengths")
+    if min(lengths) < frame.size + 1:
+        return refuse("no_signal", f"the gradient shows {min(lengths)} token(s), fewer than a sentence has")
+    objective = Objective(victim, observation, Layout(lengths), config.objective, config.alpha)
+    if not objective.entries:
+        return refuse("not_applicable", "only the token embedding is observed; embedding_rows reads it outright")
+    if not any(float(norm) > 0 for norm in objective.norms.values()):
+        return refuse("no_signal", "the observed gradient is zero")
+    prior = load_prior(config.prior, victim) if config.prior else None
+    with frozen(victim.module):
+        search = _Search(config, objective, victim, frame, generator, prior)
+        return search.run(_labels(config, knowledge, victim, objective.layout, generator), progress)
+
+
+def lengths_from_rank(victim: Victim, observation: Observation) -> tuple[int, ...] | None:
+    """Tokens of every sentence from the highest rank of an observed matrix; for a batch, its mean for each sentence.
+
+    None where no spectrum has an edge (noise). The last layer's matrices have rank 1 and are outvoted by any other; a
+    key's rank is one short for every sentence.
+    """
+    entries = [e for e in weights(observation) if "embed" not in e.module and e.layer is not None]
+    counts = []
+    for entry in entries:
+        space = row_space([matrix(victim.module, entry, observation.gradients[entry.name])])
+        counts.append(space.rank + (observation.batch_size if entry.component == "attn_key" and space.rank else 0))
+    total = max(counts, default=0)
+    if not total:
+        return None
+    b = observation.batch_size
+    return tuple(total // b + (i < total % b) for i in range(b))
+
+
+def _labels(
+    config: Config, knowledge: Knowledge, victim: Victim, layout: Layout, generator: torch.Generator
+) -> Tensor | None:
+    """[k, b] classes, a row a restart; None where labels are the tokens themselves."""
+    if victim.task != "sequence-classification":
+        return None
+    if knowledge.labels is not None:
+        return torch.tensor(knowledge.labels).expand(config.restarts, -1)
+    classes = victim.module.config.num_labels
+    if layout.batch == 1:
+        return torch.arange(classes).repeat(config.restarts)[:, None]
+    return torch.randint(classes, (config.restarts, layout.batch), generator=generator)
+
+
+class _Search:
+    """State of one attack: k restarts of b sentences as embeddings [k, b, s, d]."""
+
+    def __init__(
+        self,
+        config: Config,
+        objective: Objective,
+        victim: Victim,
+        frame: Frame,
+        generator: torch.Generator,
+        prior: Prior | None,
+    ):
+        self.config, self.objective, self.victim = config, objective, victim
+        self.frame, self.generator, self.prior = frame, generator, prior
+        self.table = victim.module.get_input_embeddings().weight.detach()
+        self.unit = torch.nn.functional.normalize(self.table, dim=1)
+        self.level = float(self.table.norm(dim=1).mean())
+        special = sorted(set(victim.processor.all_special_ids))
+        self.banned = torch.tensor([i for i in special if i < len(self.table)], device=self.table.device)
+        layout = objective.layout
+        # Which positions are given by the frame or are padding, and what stands there.
+        self.fixed = torch.zeros(layout.batch, layout.width, dtype=torch.bool, device=self.table.device)
+        self.given = torch.zeros_like(self.fixed, dtype=torch.long)
+        self.spans = []
+        for i, length in enumerate(layout.lengths):
+            known = dict(enumerate(frame.first)) | dict(enumerate(frame.last, start=length - len(frame.last)))
+            known |= dict.fromkeys(range(length, layout.width), victim.processor.pad_token_id or 0)
+            for place, token in known.items():
+                self.fixed[i, place], self.given[i, place] = True, token
+            self.spans.append((len(frame.first), length - len(frame.last)))
+
+    def run(self, labels: Tensor | None, progress: Callable[[str], None]) -> Reconstruction:
+        config, device = self.config, self.table.device
+        restarts = config.restarts if labels is None else len(labels)
+        labels = None if labels is None else labels.to(device)
+        embeds = self._pin(torch.stack([self._start(labels, row) for row in range(restarts)]))
+        embeds.requires_grad_(True)
+        optimizer = torch.optim.Adam([embeds], lr=config.lr)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_decay_every, config.lr_decay)
+        for step in range(config.steps):
+            loss = self.objective(embeds, self._targets(embeds, labels), create_graph=True)
+            norms = embeds[:, ~self.fixed].norm(dim=-1).mean(-1)
+            total = loss.sum() + config.norm_weight * (norms - self.level).pow(2).sum()
+            (embeds.grad,) = torch.autograd.grad(total, [embeds])
+            embeds.grad[:, self.fixed] = 0
+            optimizer.step()
+            schedule.step()
+            begun = step >= config.moves_from * config.steps
+            if config.moves and begun and (step + 1) % config.moves_every == 0:
+                with torch.no_grad():
+                    embeds.copy_(self._reordered(embeds, labels))
+                best = int(loss.argmin())
+                progress(f"step {step + 1}: {self._texts(self.tokens(embeds[best : best + 1])[0])[0]}")
+        return self._best(embeds.detach(), labels)
+
+    def tokens(self, embeds: Tensor) -> Tensor:
+        """Nearest tokens by cosine, [k, b, s]; special tokens only where they are known to stand."""
+        similar = torch.nn.functional.normalize(embeds.detach(), dim=-1) @ self.unit.T
+        similar[..., self.banned] = -2
+        return torch.where(self.fixed, self.given, similar.argmax(-1))
+
+    def _pin(self, embeds: Tensor) -> Tensor:
+        return torch.where(self.fixed[..., None], self.table[self.given], embeds)
+
+    def _start(self, labels: Tensor | None, row: int) -> Tensor:
+        """Best of `inits` random embeddings, then of `permutations` of it, at the table's mean norm; [b, s, d]."""
+        layout, config = self.objective.layout, self.config
+        shape = (config.inits, layout.batch, layout.width, self.table.shape[1])
+        drawn = torch.randn(shape, generator=self.generator).to(self.table)
+        start = self._first(self._pin(drawn), labels, row)
+        if config.permutations:
+            orders = torch.stack([self._permuted(shuffle) for _ in range(config.permutations)])
+            start = self._first(self._gathered(start, orders), labels, row)
+        free = start[~self.fixed]
+        return start * (self.level / free.norm(dim=-1).mean())
+
+    def _first(self, candidates: Tensor, labels: Tensor | None, row: int) -> Tensor:
+        scores = self.objective.scored(candidates, self._targets(candidates, labels, row))
+        return candidates[int(scores.argmin())]
+
+    def _targets(self, embeds: Tensor, labels: Tensor | None, row: int | None = None) -> Tensor:
+        if labels is None:
+            return self.tokens(embeds).masked_fill(self.objective.mask == 0, -100)
+        return labels if row is None else labels[row].expand(len(embeds), -1)
+
+    def _permuted(self, move: Callable[..., Tensor]) -> Tensor:
+        width = self.objective.layout.width
+        return torch.stack([move(*span, width, self.generator) for span in self.spans])
+
+    def _gathered(self, embeds: Tensor, orders: Tensor) -> Tensor:
+        """One candidate [b, s, d] under each of the orders [n, b, s]."""
+        index = orders.to(embeds.device)[..., None].expand(*orders.shape, embeds.shape[-1])
+        return embeds.expand(len(orders), *embeds.shape).gather(2, index)
+
+    def _reordered(self, embeds: Tensor, labels: Tensor | None) -> Tensor:
+        """Every restart replaced by the best of itself and `moves` reorderings of it."""
+        out = []
+        for row, own in enumerate(embeds.detach()):
+            orders = [torch.arange(own.shape[1]).expand(own.shape[0], -1)]
+            orders += [self._permuted(reorder) for _ in range(self.config.moves)]
+            candidates = self._gathered(own, torch.stack(orders))
+            scores = self.objective.scored(candidates, self._targets(candidates, labels, row))
+            if self.prior:
+                scores = scores + self.config.prior_weight * self._surprise(self.tokens(candidates)).to(scores)
+            out.append(candidates[int(scores.argmin())])
+        return torch.stack(out)
+
+    def _surprise(self, tokens: Tensor) -> Tensor:
+        assert self.prior is not None
+        flat = [text for row in tokens for text in self._texts(row)]
+        return self.prior(flat).view(len(tokens), -1).mean(1)
+
+    def _texts(self, tokens: Tensor) -> list[str]:
+        lengths = self.objective.layout.lengths
+        rows = [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)]
+        return [self.victim.processor.decode(row, skip_special_tokens=True) for row in rows]
+
+    def _best(self, embeds: Tensor, labels: Tensor | None) -> Reconstruction:
+        """The restart whose *tokens* match best: an embedding may match where no sentence does."""
+        tokens = self.tokens(embeds)
+        scores = self.objective.scored(self.table[tokens], self._targets(embeds, labels))
+        if not bool(scores.isfinite().any()):
+            raise LmleakError("matching diverged: every restart's objective is not finite; lower attack.lr")
+        best = int(torch.nan_to_num(scores, nan=float("inf")).argmin())
+        rows = [row[:n] for row, n in zip(tokens[best].tolist(), self.objective.layout.lengths, strict=True)]
+        score = float(scores[best])
+        # Only the cosine objective has a scale: 0 is a perfect match, 1 an orthogonal one.
+        confidence = max(0.0, 1.0 - score) if self.config.objective == "cosine" else 0.0
+        details = {"objective": score, "restart": best, "restarts": len(scores), "steps": self.config.steps}
+        return sentence(self.victim, rows, [confidence] * len(rows), details)
