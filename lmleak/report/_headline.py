@@ -75,7 +75,7 @@ def notes(cells: Sequence[Place], metric: str | None) -> list[str]:
         ]
         found.append(
             f"{without:,} of {len(cells):,} cells have no score ({', '.join(parts) or 'undefined'}); "
-            "they are not counted as 0."
+            "they do not count as 0, and are not shown to be safe."
         )
     smallest = min((place.score(metric) or {}).get("n") or 0 for place in scored)
     if smallest < ENOUGH:

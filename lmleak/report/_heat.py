@@ -37,16 +37,11 @@ def panels(cells: Sequence[Place], metric: str) -> list[Panel]:
     groups: dict[tuple[str, ...], list[Place]] = {}
     for place in cells:
         groups.setdefault(tuple(getattr(place, name) for name in rest), []).append(place)
-    row_names = _study.ordered(cells, rows)
-    column_names = _study.ordered(cells, columns)
     found = []
     for title, group in groups.items():
         label = " · ".join(part for part in title if part)
-        # One frame for all multiples makes a missing cell show as missing. A group that was meant to be smaller, as the
-        # products of a sweep may be, gets its own.
+        # Each map is framed by its own cells: the products of a sweep may differ in what they were meant to cover.
         names = _study.ordered(group, rows), _study.ordered(group, columns)
-        if 2 * len(names[0]) * len(names[1]) >= len(row_names) * len(column_names):
-            names = row_names, column_names
         wide = next(width for count, width in _WIDTHS if len(names[1]) <= count)
         step = _PAIRED if len(groups) > 1 and len(names[1]) > 8 else wide
         found.append(Panel(label, _map(group, metric, rows, columns, *names, label, step)))

@@ -107,7 +107,7 @@ def print_table(lines: Sequence[Mapping[str, Any]], file: IO[str] | None = None)
         if private:
             row.append(_words.number((line.get("privacy") or {}).get("epsilon")))
         cpu = (line.get("seconds") or {}).get("attack_cpu")
-        row += ["–" if cpu is None else f"{cpu:.3g}", _words.share((line.get("select") or {}).get("share"))]
+        row += [_words.cpu(cpu), _words.share((line.get("select") or {}).get("share"))]
         table.add_row(*(Text(_words.visible(value)) for value in row))
     console.print(table)
     for line in lines:

@@ -107,6 +107,13 @@ def seconds(value: float | None) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
+def cpu(value: float | None) -> str:
+    """CPU seconds in two digits, none below a hundredth: `0.094`, `<0.01`, `310`."""
+    if value is None:
+        return "–"
+    return "<0.01" if value < 0.01 else f"{value:.2g}" if value < 10 else f"{value:,.0f}"
+
+
 def layers(value: Any) -> str:
     """`[0]` -> `0`, `None` -> `all`, `[0, 3, 4, 5]` -> `0, 3–5`."""
     if value is None or value == []:

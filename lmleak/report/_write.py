@@ -135,6 +135,7 @@ def _template() -> jinja2.Template:
         share=_words.share,
         seconds=_words.seconds,
         number=_words.number,
+        cpu=_words.cpu,
         metric=_words.metric_name,
         visible=lambda value: _words.visible(str(value)),
         status=lambda value: _words.STATUSES.get(value, value),
