@@ -44,5 +44,10 @@ def attack(
     module = registry.load("attacks", kind)
     config = module.Config(**fields)
     return module.attack(
-        config, observation, knowledge or Knowledge(), victim, generator(seed, "attack"), progress or (lambda text: None)
+        config,
+        observation,
+        knowledge or Knowledge(),
+        victim,
+        generator(seed, "attack"),
+        progress or (lambda text: None),
     )

@@ -1,4 +1,4 @@
-"""How far candidate sentences' gradients are from the observed ones, for many candidates in one forward and backward."""
+"""How far candidates' gradients are from the observed ones, for many candidates in one forward and backward."""
 
 from __future__ import annotations
 

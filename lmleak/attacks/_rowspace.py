@@ -38,7 +38,7 @@ class RowSpace:
 
 
 def matrix(module: nn.Module, entry: Entry, gradient: Tensor) -> Tensor:
-    """The entry's gradient as [d_out, d_in] whatever the layer's own layout: Conv1D is transposed, kernels flattened."""
+    """The entry's gradient as [d_out, d_in] whatever the layer's layout: Conv1D transposed, kernels flattened."""
     owner = module.get_submodule(entry.module)
     return gradient.T if isinstance(owner, Conv1D) else gradient.flatten(1)
 

@@ -1,7 +1,7 @@
-"""Tokens, and at batch size 1 their order, from the embedding's gradient rows (row reading: Melis et al. 2019, 1805.04049).
+"""Tokens, and for one sample their order, from the embedding's gradient rows (after Melis et al. 2019, 1805.04049).
 
-A word's row of the embedding gradient is the sum of the output gradients at the places where it stands, a position's row
-is that at one place. Where both tables are observed for one sample the rows are equal pairwise: the order is exact.
+A word's row of the embedding gradient is the sum of the output gradients at the places where it stands, a position's
+row is that at one place. Where both tables are observed for one sample, the rows are equal: the order is exact.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def attack(
         return refuse("no_signal", "the embedding's gradient is zero")
     present, step = _present(norms)
     if step < STEP:
-        return refuse("no_signal", f"no step between present and absent words (largest {step:.2f}): noise or tied weights")
+        return refuse(
+            "no_signal", f"present and absent words do not part (largest step {step:.2f}): noise, or tied weights"
+        )
     details = {"words": len(present), "step": min(step, 1e18)}
     confidence = 1.0 - 1.0 / step
     if places is not None and observation.batch_size == 1:

@@ -7,6 +7,7 @@ Defaults are LAMP's cosine schedule on a 2,000-step budget.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations_with_replacement, islice
 from typing import Annotated, Literal
 
 import torch
@@ -20,6 +21,9 @@ from lmleak.attacks._rowspace import matrix, row_space, weights
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
 from lmleak.errors import LmleakError
 from lmleak.records import Knowledge, Observation, Reconstruction, Victim
+
+LABEL_PROBES = 32  #: random embeddings under which every assignment of labels is tried
+MAX_LABELS = 256  #: label assignments tried at most (a batch of 8 with 2 classes has 9)
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -58,7 +62,8 @@ def attack(
     """Moves random embeddings until their gradient matches the observed one, then reads off the nearest tokens.
 
     Lengths come from the rank of an observed weight gradient where they are not granted; class labels that are not
-    granted are tried, a restart each. For language models the labels are the candidate's own nearest tokens.
+    granted are those under which random sentences match best on average. For language models the labels are the
+    candidate's own nearest tokens.
 
     Raises:
         ModelError: the prior cannot be loaded.
@@ -81,7 +86,7 @@ def attack(
     prior = load_prior(config.prior, victim) if config.prior else None
     with frozen(victim.module):
         search = _Search(config, objective, victim, frame, generator, prior)
-        return search.run(_labels(config, knowledge, victim, objective.layout, generator), progress)
+        return search.run(search.labels(knowledge), progress)
 
 
 def lengths_from_rank(victim: Victim, observation: Observation) -> tuple[int, ...] | None:
@@ -100,20 +105,6 @@ def lengths_from_rank(victim: Victim, observation: Observation) -> tuple[int, ..
         return None
     b = observation.batch_size
     return tuple(total // b + (i < total % b) for i in range(b))
-
-
-def _labels(
-    config: Config, knowledge: Knowledge, victim: Victim, layout: Layout, generator: torch.Generator
-) -> Tensor | None:
-    """[k, b] classes, a row a restart; None where labels are the tokens themselves."""
-    if victim.task != "sequence-classification":
-        return None
-    if knowledge.labels is not None:
-        return torch.tensor(knowledge.labels).expand(config.restarts, -1)
-    classes = victim.module.config.num_labels
-    if layout.batch == 1:
-        return torch.arange(classes).repeat(config.restarts)[:, None]
-    return torch.randint(classes, (config.restarts, layout.batch), generator=generator)
 
 
 class _Search:
@@ -147,11 +138,28 @@ class _Search:
                 self.fixed[i, place], self.given[i, place] = True, token
             self.spans.append((len(frame.first), length - len(frame.last)))
 
+    def labels(self, knowledge: Knowledge) -> Tensor | None:
+        """[restarts, b] classes; None where labels are the tokens themselves.
+
+        The sign of the head's error decides the sign of every gradient below it, so even random embeddings tell the
+        labels: on MiniLM the right one's mean distance was the lower in 6 of 6 sentences (0.96 against 1.04).
+        """
+        restarts, b = self.config.restarts, self.objective.layout.batch
+        if self.victim.task != "sequence-classification":
+            return None
+        if knowledge.labels is not None:
+            return torch.tensor(knowledge.labels, device=self.table.device).expand(restarts, -1)
+        classes = range(self.victim.module.config.num_labels)
+        choices = torch.tensor(list(islice(combinations_with_replacement(classes, b), MAX_LABELS)))
+        drawn = self._drawn(LABEL_PROBES)
+        means = torch.stack(
+            [self.objective.scored(drawn, row.to(drawn.device).expand(LABEL_PROBES, -1)) for row in choices]
+        )
+        return choices[int(means.mean(1).argmin())].to(self.table.device).expand(restarts, -1)
+
     def run(self, labels: Tensor | None, progress: Callable[[str], None]) -> Reconstruction:
-        config, device = self.config, self.table.device
-        restarts = config.restarts if labels is None else len(labels)
-        labels = None if labels is None else labels.to(device)
-        embeds = self._pin(torch.stack([self._start(labels, row) for row in range(restarts)]))
+        config = self.config
+        embeds = self._pin(torch.stack([self._start(labels, row) for row in range(config.restarts)]))
         embeds.requires_grad_(True)
         optimizer = torch.optim.Adam([embeds], lr=config.lr)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_decay_every, config.lr_decay)
@@ -177,15 +185,18 @@ class _Search:
         similar[..., self.banned] = -2
         return torch.where(self.fixed, self.given, similar.argmax(-1))
 
+    def _drawn(self, count: int) -> Tensor:
+        layout = self.objective.layout
+        shape = (count, layout.batch, layout.width, self.table.shape[1])
+        return self._pin(torch.randn(shape, generator=self.generator).to(self.table))
+
     def _pin(self, embeds: Tensor) -> Tensor:
         return torch.where(self.fixed[..., None], self.table[self.given], embeds)
 
     def _start(self, labels: Tensor | None, row: int) -> Tensor:
         """Best of `inits` random embeddings, then of `permutations` of it, at the table's mean norm; [b, s, d]."""
-        layout, config = self.objective.layout, self.config
-        shape = (config.inits, layout.batch, layout.width, self.table.shape[1])
-        drawn = torch.randn(shape, generator=self.generator).to(self.table)
-        start = self._first(self._pin(drawn), labels, row)
+        config = self.config
+        start = self._first(self._drawn(config.inits), labels, row)
         if config.permutations:
             orders = torch.stack([self._permuted(shuffle) for _ in range(config.permutations)])
             start = self._first(self._gathered(start, orders), labels, row)
@@ -245,4 +256,6 @@ class _Search:
         # Only the cosine objective has a scale: 0 is a perfect match, 1 an orthogonal one.
         confidence = max(0.0, 1.0 - score) if self.config.objective == "cosine" else 0.0
         details = {"objective": score, "restart": best, "restarts": len(scores), "steps": self.config.steps}
+        if labels is not None:
+            details["labels"] = labels[best].tolist()
         return sentence(self.victim, rows, [confidence] * len(rows), details)

@@ -42,8 +42,8 @@ def attack(
 ) -> Reconstruction:
     """Reads the tokens of layer 0's inputs off the row space of its query, key or value gradient.
 
-    Works on encoders and decoders whose layer 0 reads norm(word + position). With one sample the sentence comes with its
-    order; with more, every position's set of tokens is exact and their assignment to sentences is not decided here.
+    Works on encoders and decoders whose layer 0 reads norm(word + position). With one sample the sentence comes with
+    its order; with more, every position's tokens are exact and which sentence they belong to is not decided here.
     """
     if not hasattr(victim.family, "input_layer"):
         return refuse("not_applicable", f"the input of layer 0 is not known in closed form for family '{victim.kind}'")

@@ -145,7 +145,9 @@ class Tape:
         }
         out = {}
         for entry in self.entries:
-            uses = tuple(_factor(m, name, x, delta[edge]) for m, name, x, _, edge in self.calls.get(entry.parameter, ()))
+            uses = tuple(
+                _factor(m, name, x, delta[edge]) for m, name, x, _, edge in self.calls.get(entry.parameter, ())
+            )
             if not uses:
                 raise SelectionError(f"{entry.name}: its module '{entry.module}' takes no part in the forward pass")
             out[entry.name] = tuple(_slice(use, entry.part) for use in uses)
