@@ -187,9 +187,10 @@ def _work(
                     status = do(points[unit.cell], unit.batch, bench, out, watch)
                     if status == "failed" and fail_fast:
                         (job.folder / _STOP).touch()
+            if not stop.asked:
+                ranks.wait(state, stop)
             if stop.asked:
                 raise SystemExit(143)  # 128 + SIGTERM
-        state.wait_for_everyone()
         interrupted = False
     finally:
         if watch:

@@ -38,7 +38,7 @@ def describe(argv: Sequence[str] | None, device: Any, processes: int) -> dict[st
     """
     import torch
 
-    name = torch.cuda.get_device_name(device) if getattr(device, "type", "") == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "version": lmleak.__version__,
         "commit": _commit(),
@@ -46,7 +46,7 @@ def describe(argv: Sequence[str] | None, device: Any, processes: int) -> dict[st
         "python": platform.python_version(),
         "system": platform.system(),
         "versions": {name: found for name in _LIBRARIES if (found := _version(name))},
-        "device": {"type": str(device), "name": name},
+        "device": {"type": "cpu" if device.type == "cpu" else str(device), "name": name},
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "processes": processes,

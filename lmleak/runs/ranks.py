@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+from lmleak.errors import RunError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -17,16 +20,25 @@ _PATIENCE = timedelta(days=30)
 
 
 def join() -> PartialState:
-    """This process's place among the ranks; one alone where nothing launched several."""
+    """This process's place among the ranks; one alone where nothing launched several.
+
+    Raises:
+        RunError: launched as several processes, of which accelerate knows nothing.
+    """
+    import torch
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    return PartialState() if _alone() else PartialState(timeout=_PATIENCE)
-
-
-def _alone() -> bool:
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", "1")) <= 1
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    # PartialState itself does not read ACCELERATE_USE_CPU, and without it takes a CPU-only torchrun for lone processes.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (world > 1 and not torch.accelerator.is_available())
+    state = PartialState(cpu=cpu, timeout=_PATIENCE) if world > 1 else PartialState(cpu=cpu)
+    if world != state.num_processes:
+        raise RunError(
+            f"launched as {world} processes, but accelerate was set up for {state.num_processes} before the run began; "
+            "call run() before anything that picks a device, or set ACCELERATE_USE_CPU=true"
+        )
+    return state
 
 
 def share(state: PartialState, value: Any) -> Any:
@@ -36,6 +48,19 @@ def share(state: PartialState, value: Any) -> Any:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]
+
+
+def wait(state: PartialState, stop: Stop) -> None:
+    """Waits until every rank has done its units.
+
+    Raises:
+        RunError: another rank has died.
+    """
+    try:
+        state.wait_for_everyone()
+    except RuntimeError as error:
+        if not stop.asked:
+            raise RunError("another process of this run ended early; the same command goes on from here") from error
 
 
 class Stop:
