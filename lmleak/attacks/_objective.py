@@ -14,6 +14,11 @@ from lmleak.gradients.losses import forward, sample_losses
 from lmleak.records import Entry, Observation, Victim
 
 
+# Tokens scored in one pass, on CPU and GPU. BERT-base holds 0.45 GB of activations for 512, and a cell stays under 3 GB.
+TOKENS = {False: 512, True: 16384}
+DENSE = 1 << 28  #: gradient values formed at once by tag's L1 term, 1 GB in float32
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Parameters need no gradient and dropout is off inside; both are put back."""
@@ -67,7 +72,8 @@ class Objective:
         table = victim.module.get_input_embeddings()
         self.entries = tuple(e for e in observation.entries if self._reachable(e, table))
         self.targets = {e.name: observation.gradients[e.name].to(table.weight.dtype) for e in self.entries}
-        self.norms = {name: target.norm() for name, target in self.targets.items()}
+        # Not `norm()`: in float32 on a CPU it is off by 1e-4 on a 3072 x 768 tensor, this by 1e-7.
+        self.norms = {name: target.square().sum().sqrt() for name, target in self.targets.items()}
         self.mask = layout.mask(table.weight.device)
 
     def _reachable(self, entry: Entry, table: nn.Module) -> bool:
@@ -123,7 +129,10 @@ class Objective:
                 out = out + self.alpha * (dense - target).abs().flatten(1).sum(1)  # type: ignore[union-attr]
         return out
 
-    def scored(self, embeds: Tensor, labels: Tensor, *, chunk: int = 64) -> Tensor:
+    def scored(self, embeds: Tensor, labels: Tensor) -> Tensor:
         """The same without a graph, in chunks: memory does not grow with the number of candidates."""
-        parts = zip(embeds.detach().split(chunk), labels.split(chunk), strict=True)
+        size = max(1, TOKENS[embeds.is_cuda] // (embeds.shape[1] * embeds.shape[2]))
+        if self.kind == "tag":
+            size = max(1, min(size, DENSE // sum(target.numel() for target in self.targets.values())))
+        parts = zip(embeds.detach().split(size), labels.split(size), strict=True)
         return torch.cat([self(part, label).detach() for part, label in parts])
