@@ -90,7 +90,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Observation:
-    """What the attacker sees: released gradients and the public facts about the release. Saves to safetensors + JSON."""
+    """What the attacker sees: released gradients and the public facts about the release. See `gradients.files`."""
 
     gradients: Mapping[str, torch.Tensor]  #: entry name -> tensor of the entry's shape
     entries: tuple[Entry, ...]
@@ -98,7 +98,7 @@ class Observation:
     task: str
     reduction: Literal["mean", "sum"]  #: how per-sample gradients were combined
     mode: Literal["eval", "train"] = "eval"
-    defense: Mapping[str, Any] = field(default_factory=lambda: {"kind": "none"})  #: public: the mechanism and its parameters
+    defense: Mapping[str, Any] = field(default_factory=lambda: {"kind": "none"})  #: public: mechanism and parameters
     privacy: Mapping[str, Any] | None = None  #: epsilon, delta, ... of this release; None where no guarantee exists
 
 

@@ -13,8 +13,7 @@ from lmleak.gradients.factors import Factor, capture, inner, squared_norms
 from lmleak.gradients.losses import forward, sample_losses
 from lmleak.records import Entry, Observation, Victim
 
-
-# Tokens scored in one pass, on CPU and GPU. BERT-base holds 0.45 GB of activations for 512, and a cell stays under 3 GB.
+# Tokens scored in one pass, on CPU and GPU. BERT-base holds 0.45 GB of activations for 512: a cell stays under 3 GB.
 TOKENS = {False: 512, True: 16384}
 DENSE = 1 << 28  #: gradient values formed at once by tag's L1 term, 1 GB in float32
 

@@ -63,7 +63,10 @@ class ClientGradients:
                 for p in frozen:
                     p.requires_grad_(False)
         dense = dict(zip(parameters, grads, strict=True))
-        return {e.name: cut(dense[e.parameter], e).detach().clone() for e in self.entries}
+        # A slice is copied out, or a view of it would keep the whole fused gradient in memory.
+        return {
+            e.name: dense[e.parameter] if e.part is None else cut(dense[e.parameter], e).clone() for e in self.entries
+        }
 
     def per_sample_norms(self, scope: ClipScope = "model") -> Tensor:
         """Gradient norm of every sample over the scope, [b]; for `per_layer` over each entry, [entries, b]."""
