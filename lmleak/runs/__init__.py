@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from lmleak.runs.execute import RunResult, run
 from lmleak.runs.results import cell_lines, load_results, read_reconstructions, read_results, rescore, to_json
-from lmleak.runs.table import show
 
 __all__ = [
     "RunResult",
@@ -14,6 +13,5 @@ __all__ = [
     "read_results",
     "rescore",
     "run",
-    "show",
     "to_json",
 ]

@@ -16,12 +16,18 @@ import sys
 import time
 from pathlib import Path
 
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "initializer_range": 0.5,
+}
 RECIPE = {
     "name": "forty",
     "model": {"kind": "bert", "weights": "random", "tokenizer": "bytes", "config": TINY, "device": "cpu"},
     "data": {"kind": "sample", "limit": 1, "max_length": 7},
-    "select": {"components": ["attn_query"], "layers": [0]},
+    "select": {"components": ["attn_value"], "layers": [0]},
     "attack": {"kind": "span"},
     "metrics": ["token_accuracy", "exact_match"],
     "sweep": {"defense": [{"kind": "gaussian_noise", "std": 10.0**-k} for k in range(1, 21)], "seed": [0, 1]},
