@@ -6,7 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+# How long a draw takes says how busy the machine is: the first text in a fresh clone builds a table for 10 seconds.
+settings.register_profile("lmleak", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lmleak")
 # Workers of pytest-xdist and the small models here lose more to thread switching than they gain.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -20,6 +20,8 @@ from lmleak.records import Knowledge, Observation, Reconstruction, Victim
 # between present and absent words is searched. No step of 3 means no answer.
 STEP = 3.0
 REPEATS = 5  #: a word may stand at up to this many places and still be ordered
+#: An easy case, for the contract tests.
+EXAMPLE = {"fields": {}, "select": {"components": ["embedding"]}, "knowledge": {}, "batch_size": 1}
 
 
 class Config(BaseModel):

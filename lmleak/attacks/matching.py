@@ -27,6 +27,13 @@ MAX_LABELS = 256  #: label assignments tried at most (a batch of 8 with 2 classe
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+#: An easy case, for the contract tests.
+EXAMPLE = {
+    "fields": {"steps": 60, "inits": 50, "permutations": 20, "moves": 20, "moves_every": 20, "lr": 0.02},
+    "select": {"components": ["all"]},
+    "knowledge": {"labels": True, "lengths": True},
+    "batch_size": 1,
+}
 
 
 class Config(BaseModel):

@@ -24,6 +24,8 @@ READERS = ("attn_query", "attn_key", "attn_value", "attn_qkv")
 DIRECTIONS = 8
 SHORTLIST = 8  #: screened tokens a position, beside those expected there, that are tested exactly, in float64
 CHUNK = 8192  #: tokens screened at once: memory does not grow with the vocabulary
+#: An easy case, for the contract tests.
+EXAMPLE = {"fields": {}, "select": {"components": ["attn_query"], "layers": [0]}, "knowledge": {}, "batch_size": 1}
 
 
 class Config(BaseModel):
