@@ -70,27 +70,24 @@ def run(recipe: str, overrides: tuple[str, ...], **options: Any) -> None:
     if options["dry_run"]:
         _arguments.print_cells(study, options["as_json"])
         return
-    first = int(os.environ.get("RANK", "0")) == 0
     from lmleak import report, runs
 
-    with _arguments.placed(study):
-        folder = runs.run(
-            study,
-            run_dir=options["run_dir"],
-            fresh=options["fresh"],
-            fail_fast=options["fail_fast"],
-            json_lines=options["as_json"],
-            quiet=options["quiet"],
-        )
-    if not first:
-        return
-    lines = report.compare([folder])
-    page = report.write([folder])
-    if not options["as_json"]:
-        report.print_table(lines)
-    click.echo(f"run:    {folder}\nreport: {page}", err=options["as_json"])
-    if any(line["status"] == "failed" for line in lines):
-        click.get_current_context().exit(1)
+    done = runs.run(
+        study,
+        run_dir=options["run_dir"],
+        root=_arguments.RUNS,
+        fresh=options["fresh"],
+        fail_fast=options["fail_fast"],
+        json_lines=options["as_json"],
+        quiet=options["quiet"],
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        page = report.write([done.path])
+        if not options["as_json"]:
+            report.print_table(report.compare([done.path]))
+        click.echo(f"run:    {done.path}\nreport: {page}", err=options["as_json"])
+    if done.exit_code:
+        click.get_current_context().exit(done.exit_code)
 
 
 @main.command()
