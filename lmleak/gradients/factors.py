@@ -18,12 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from transformers.pytorch_utils import Conv1D
 
-from lmleak.errors import SelectionError
+from lmleak.errors import LmleakError, SelectionError
+from lmleak.gradients._kinds import SUPPORTED, left_right, supported
 from lmleak.records import Entry
 
 
@@ -123,19 +122,23 @@ class Tape:
 
     def __init__(self, entries: Sequence[Entry]):
         self.entries = tuple(entries)
-        self.calls: dict[str, list[tuple[nn.Module, str, Tensor, Tensor, GradientEdge]]] = {}
+        self.calls: dict[str, list[_Call]] = {}
 
     def factors(self, losses: Tensor, *, create_graph: bool = False) -> dict[str, tuple[Factor, ...]]:
         """Factors of the gradient of every sample's loss.
 
         Args:
-            losses: [n] per-sample losses, or their sum; samples must not interact in the forward pass.
+            losses: [n] per-sample losses; samples must not interact in the forward pass.
             create_graph: keep the graph, to differentiate through the factors.
 
         Returns:
             Entry name -> its uses. A parameter the loss does not reach has factors of zero.
+
+        Raises:
+            SelectionError: an entry's module took no part in the forward pass.
+            LmleakError: a module's output is shared by several samples, or its input was overwritten.
         """
-        seen = {edge: y for calls in self.calls.values() for *_, y, edge in calls}
+        seen = {call.edge: call.output for calls in self.calls.values() for call in calls}
         with torch.enable_grad():
             total = losses.sum()
         grads = torch.autograd.grad(total, list(seen), create_graph=create_graph, allow_unused=True)
@@ -145,13 +148,43 @@ class Tape:
         }
         out = {}
         for entry in self.entries:
-            uses = tuple(
-                _factor(m, name, x, delta[edge]) for m, name, x, _, edge in self.calls.get(entry.parameter, ())
-            )
-            if not uses:
+            calls = self.calls.get(entry.parameter)
+            if not calls:
                 raise SelectionError(f"{entry.name}: its module '{entry.module}' takes no part in the forward pass")
+            for call in calls:
+                _check(entry, call, len(losses))
+            uses = (call.factor(delta[call.edge]) for call in calls)
             out[entry.name] = tuple(_slice(use, entry.part) for use in uses)
         return out
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One use of a module that holds an observed parameter as its attribute `name`."""
+
+    owner: nn.Module
+    name: str
+    input: Tensor
+    version: int  #: of the input: where the parameter is frozen, autograd does not notice that it was overwritten
+    output: Tensor
+    edge: GradientEdge
+
+    def factor(self, delta: Tensor) -> Factor:
+        left, right = left_right(self.owner, self.name, self.input, delta)
+        return Factor(left, right, tuple(getattr(self.owner, self.name).shape))
+
+
+def _check(entry: Entry, call: _Call, n: int) -> None:
+    if len(call.output) != n:
+        raise LmleakError(
+            f"{entry.name}: its module '{entry.module}' ran on a batch of {len(call.output)} for {n} samples, so their "
+            "gradients cannot be told apart; pass position_ids with the batch dimension"
+        )
+    if call.input._version != call.version:
+        raise LmleakError(
+            f"{entry.name}: the input of its module '{entry.module}' was overwritten after it was read; "
+            "make the operation that follows out of place"
+        )
 
 
 @contextmanager
@@ -184,7 +217,7 @@ def capture(module: nn.Module, entries: Sequence[Entry]) -> Iterator[Tape]:
         # The edge, not the tensor: a successor that works in place (ReLU(inplace=True)) would move the tensor's own.
         edge = get_gradient_edge(output)
         for parameter, name in wanted[owner]:
-            tape.calls.setdefault(parameter, []).append((owner, name, x, output, edge))
+            tape.calls.setdefault(parameter, []).append(_Call(owner, name, x, x._version, output, edge))
         return given
 
     handles = [owner.register_forward_hook(hook, with_kwargs=True) for owner in wanted]
@@ -201,7 +234,7 @@ def unfactored(module: nn.Module, entries: Iterable[Entry]) -> tuple[Entry, ...]
     entries = tuple(entries)
     users = _users(module, entries)
     return tuple(
-        e for e in entries if not users[e.parameter] or not all(_supported(m, name) for m, name in users[e.parameter])
+        e for e in entries if not users[e.parameter] or not all(supported(m, name) for m, name in users[e.parameter])
     )
 
 
@@ -213,64 +246,6 @@ def _users(module: nn.Module, entries: Iterable[Entry]) -> dict[str, list[tuple[
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append((owner, name))
     return {e.parameter: holders.get(id(module.get_parameter(e.parameter)), []) for e in entries}
-
-
-SUPPORTED = ("Linear", "Conv1D", "Conv2d", "Embedding", "LayerNorm", "RMSNorm", "BatchNorm2d in eval mode")
-
-
-def _is_rms_norm(owner: nn.Module) -> bool:
-    return type(owner).__name__.endswith("RMSNorm")
-
-
-def _supported(owner: nn.Module, name: str) -> bool:
-    if name not in ("weight", "bias"):
-        return False
-    if isinstance(owner, nn.Conv2d):
-        return owner.groups == 1 and owner.padding_mode == "zeros"
-    if isinstance(owner, nn.Embedding):
-        return owner.max_norm is None and not owner.scale_grad_by_freq
-    if isinstance(owner, nn.BatchNorm2d):
-        return not owner.training
-    return isinstance(owner, (nn.Linear, Conv1D, nn.LayerNorm)) or _is_rms_norm(owner)
-
-
-def _factor(owner: nn.Module, name: str, x: Tensor, delta: Tensor) -> Factor:
-    """The factor of one parameter from a module's input x and output gradient delta."""
-    shape = tuple(getattr(owner, name).shape)
-    if isinstance(owner, (nn.Conv2d, nn.BatchNorm2d)):
-        rows = delta.flatten(2).transpose(1, 2)  # [n, places, channels]
-    else:
-        rows = delta.reshape(delta.shape[0], -1, delta.shape[-1])
-    if name == "bias":
-        return _elementwise(rows, shape)
-    if isinstance(owner, nn.Embedding):
-        if owner.padding_idx is not None:
-            rows = rows * (x != owner.padding_idx).reshape(rows.shape[:2])[..., None]
-        return Factor(x.reshape(x.shape[0], -1), rows, shape)
-    if isinstance(owner, nn.LayerNorm):
-        return _elementwise((F.layer_norm(x, owner.normalized_shape, eps=owner.eps) * delta).reshape(rows.shape), shape)
-    if _is_rms_norm(owner):
-        eps = getattr(owner, "variance_epsilon", getattr(owner, "eps", 1e-6))
-        # transformers' norms go through float32 and back in every dtype, torch's own stays in the input's.
-        wide = x if isinstance(owner, nn.RMSNorm) else x.float()
-        unit = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-        return _elementwise((unit * delta).reshape(rows.shape), shape)
-    if isinstance(owner, nn.BatchNorm2d):
-        unit = F.batch_norm(x, owner.running_mean, owner.running_var, eps=owner.eps)
-        return _elementwise(unit.flatten(2).transpose(1, 2) * rows, shape)
-    if isinstance(owner, nn.Conv2d):
-        same = isinstance(owner.padding, str)
-        x = F.pad(x, owner._reversed_padding_repeated_twice) if same else x
-        padding = 0 if same else owner.padding
-        patches = F.unfold(x, owner.kernel_size, owner.dilation, padding, owner.stride)
-        return Factor(rows, patches.transpose(1, 2), shape)
-    inputs = x.reshape(x.shape[0], -1, x.shape[-1])
-    return Factor(inputs, rows, shape) if isinstance(owner, Conv1D) else Factor(rows, inputs, shape)
-
-
-def _elementwise(terms: Tensor, shape: tuple[int, ...]) -> Factor:
-    left = terms.sum(1, keepdim=True)
-    return Factor(left, left.new_ones(left.shape[0], 1, 1), shape)
 
 
 def _slice(use: Factor, part: tuple[int, int, int] | None) -> Factor:
