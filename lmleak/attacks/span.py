@@ -157,7 +157,10 @@ def _assemble(
                 break
         sentences.append(tokens)
         confidence.append(min(margins, default=0.0))
-    return sentence(victim, sentences, confidence, details)
+    made = sentence(victim, sentences, confidence, details)
+    if not any(made.tokens):
+        return refuse("no_signal", f"only special tokens carry gradient here (rank {space.rank})", details)
+    return made
 
 
 def _margin(place: list[tuple[int, float]], count: int) -> float:

@@ -237,8 +237,10 @@ def _device(name: str | None) -> Any:
 
     if name is None:
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
-        return PartialState().device
+        # PartialState itself does not read ACCELERATE_USE_CPU.
+        return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     try:
         return torch.device(name)
     except RuntimeError as error:
