@@ -219,8 +219,8 @@ def main() -> None:
                 print(lines[-1], flush=True)
     lines += [
         "",
-        "Seconds are for one restart or candidate. Difference: of a step's gradient, relative, the worst restart; of a",
-        "score, absolute. MiB: peak above the model (418 MiB) and the observation. Ratio: median of the rounds' own ratios.",
+        "Seconds are for one restart or candidate; the ratio is the median of the rounds' own. Difference: of a step's",
+        "gradient, relative, the worst restart; of a score, absolute. MiB: peak above model (418) and observation.",
     ]
     print(*lines[-3:], sep="\n")
     if args.save:

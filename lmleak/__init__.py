@@ -16,6 +16,8 @@ _HOME = {
     "select": "lmleak.gradients",
     "observe": "lmleak.gradients",
     "grant": "lmleak.gradients",
+    "save_observation": "lmleak.gradients",
+    "load_observation": "lmleak.gradients",
     "attack": "lmleak.attacks",
     "score": "lmleak.metrics",
     "load_recipe": "lmleak.config",

@@ -245,7 +245,13 @@ def _users(module: nn.Module, entries: Iterable[Entry]) -> dict[str, list[tuple[
         for name, parameter in owner._parameters.items():
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append((owner, name))
-    return {e.parameter: holders.get(id(module.get_parameter(e.parameter)), []) for e in entries}
+    return {e.parameter: _without_aliases(holders.get(id(module.get_parameter(e.parameter)), [])) for e in entries}
+
+
+def _without_aliases(holders: list[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str]]:
+    # BERT's and RoBERTa's prediction heads name their decoder's bias as their own, and never add it themselves.
+    alias = lambda owner: any(other is not owner and other in set(owner.modules()) for other, _ in holders)  # noqa: E731
+    return [(owner, name) for owner, name in holders if name != "bias" or not alias(owner)]
 
 
 def _slice(use: Factor, part: tuple[int, int, int] | None) -> Factor:
