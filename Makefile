@@ -1,6 +1,9 @@
 # make study   environment, recipes/quickstart.yaml, its table and the path of its report
 # make test    environment, tests, notebooks
-# make lint    style and types          make bench   side-by-side timings          make clean   drop the environment
+# make lint    style and types
+# make bench   side-by-side timings
+# make readme  the README's tables, from the code
+# make clean   drop the environment
 #
 # PYTHON=/path/to/python3.12 make study   chooses the interpreter; VENV=... the environment's folder.
 
@@ -12,7 +15,7 @@ BIN := $(VENV)/bin
 # Byte code is written when a module is first imported; compiling everything at once takes a third of the installation.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: study test lint bench clean
+.PHONY: study test lint bench readme clean
 .DELETE_ON_ERROR:
 
 study: $(VENV)/.demo
@@ -29,6 +32,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+readme: $(VENV)/.dev
+	$(BIN)/python tests/test_readme.py
 
 clean:
 	rm -rf $(VENV)
