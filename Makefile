@@ -22,8 +22,7 @@ study: $(VENV)/.demo
 	$(BIN)/lmleak run quickstart
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 tests
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
+	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 tests notebooks
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
