@@ -37,6 +37,7 @@ TOKENS = 12
 RESTARTS, CANDIDATES = 8, 32
 SELECTIONS = {
     "encoder": ("all 72 encoder linears", {"target_modules": r".*encoder\.layer\..*(query|key|value|dense)"}),
+    "noisy": ("the same under noise", {"target_modules": r".*encoder\.layer\..*(query|key|value|dense)"}),
     "layer": ("the 6 linears of layer 0", {"target_modules": r".*encoder\.layer\.0\..*(query|key|value|dense)"}),
     "attn_query": ("query of layer 0", {"components": ["attn_query"], "layers": 0}),
 }
@@ -61,7 +62,9 @@ def client(victim: Victim, name: str) -> Observation:
         "position_ids": torch.arange(TOKENS)[None],
     }
     batch = Batch(inputs, torch.tensor([1]), Reference(labels=(1,)))
-    return observe(victim, batch, select(victim, parameters="weight", **SELECTIONS[name][1]))
+    # A clean gradient of 12 tokens has rank 12, which the factored side makes use of; a noised one has full rank.
+    defense = {"kind": "gaussian_noise", "std": 1e-3} if name == "noisy" else None
+    return observe(victim, batch, select(victim, parameters="weight", **SELECTIONS[name][1]), defense)
 
 
 def draw(victim: Victim, count: int) -> tuple[Tensor, Tensor]:

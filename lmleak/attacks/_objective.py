@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lmleak.gradients.factors import Factor, capture, inner, squared_norms
+from lmleak.gradients.factors import Factor, capture, inner, low_rank, squared_norms
 from lmleak.gradients.losses import forward, sample_losses
 from lmleak.records import Entry, Observation, Victim
 
@@ -73,6 +73,9 @@ class Objective:
         self.targets = {e.name: observation.gradients[e.name].to(table.weight.dtype) for e in self.entries}
         # Not `norm()`: in float32 on a CPU it is off by 1e-4 on a 3072 x 768 tensor, this by 1e-7.
         self.norms = {name: target.square().sum().sqrt() for name, target in self.targets.items()}
+        # As many outer products as there are tokens: what a clean gradient is made of.
+        thin = {name: low_rank(target, layout.batch * layout.width) for name, target in self.targets.items()}
+        self.projections = {name: target if thin[name] is None else thin[name] for name, target in self.targets.items()}
         self.mask = layout.mask(table.weight.device)
 
     def _reachable(self, entry: Entry, table: nn.Module) -> bool:
@@ -116,7 +119,7 @@ class Objective:
         out = self.mask.new_zeros(k, dtype=torch.get_default_dtype()).to(next(iter(self.targets.values())).dtype)
         for name, uses in factors.items():
             target, norm = self.targets[name], self.norms[name]
-            product, squared = inner(uses, target), squared_norms(uses)
+            product, squared = inner(uses, self.projections[name]), squared_norms(uses)
             if self.kind == "cosine":
                 # Two zero tensors agree: a module whose gradient vanishes (a key's bias) carries no evidence.
                 own = squared.clamp_min(1e-24).sqrt()

@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lmleak.errors import LmleakError, SelectionError
 from lmleak.gradients import factors
-from lmleak.gradients.observe import cut
 from lmleak.records import Entry
 
 # Examples are drawn from a fixed seed and stay a few: each one checks six quantities against the oracle.
@@ -286,6 +285,27 @@ def test_a_parameter_that_the_loss_does_not_reach_has_a_zero_gradient():
         model["idle"](torch.ones(2, 3))
         losses = sample_losses(model["used"](torch.ones(2, 3)))
     assert factors.squared_norms(tape.factors(losses)["idle.weight"]).tolist() == [0, 0]
+
+
+def test_a_gradient_of_few_tokens_is_few_outer_products():
+    left, right = draw(1, 3, 64, dtype=torch.float32), 0.1 * draw(1, 3, 80, dtype=torch.float32)
+    gradient = (left[0].T @ right[0]).view(64, 8, 10)
+    thin = factors.low_rank(gradient, 3)
+    close(thin.columns @ thin.rows, gradient.flatten(1))
+    own = factors.Factor(draw(5, 2, 64, dtype=torch.float32), draw(5, 2, 80, dtype=torch.float32), (64, 8, 10))
+    length = own.each().flatten(1).norm(dim=1) * gradient.norm()
+    close(own.inner(thin), own.inner(gradient), length)
+    words = factors.Factor(torch.tensor([[3, 3], [63, 0]]), draw(2, 2, 80, dtype=torch.float32), (64, 8, 10))
+    close(words.inner(thin), words.inner(gradient), length)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-5])
+def test_noise_has_no_few_outer_products(size):
+    gradient = draw(64, 3, dtype=torch.float32) @ draw(3, 80, dtype=torch.float32)
+    noisy = gradient + size * torch.randn(64, 80, generator=torch.Generator().manual_seed(9))
+    assert factors.low_rank(gradient, 3) is not None
+    assert factors.low_rank(noisy, 3) is None
+    assert factors.low_rank(gradient, 30) is None  # and nothing is saved where tokens are as many as dimensions
 
 
 def hooks(model: nn.Module) -> int:
