@@ -11,6 +11,9 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python3.13 python3.14; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 VENV ?= .venv
+# A sentence's matrices are too small to share between threads: on a busy machine of 2 cores, 2 threads that wait for
+# each other took 10 times the CPU seconds of 1.
+export OMP_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 # Byte code is written when a module is first imported; compiling everything at once takes a third of the installation.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
