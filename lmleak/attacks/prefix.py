@@ -1,0 +1,186 @@
+"""Exact tokens of a decoder from one linear module at any depth, by prefixes (beyond Petrov et al. 2024, 2405.15586).
+
+The input of every module at position i of a causal model depends on tokens 0..i only, so prefixes are extended token by
+token and those kept whose input lies in the row space of the module's weight gradient. The rank says how many there
+are: no length, label or threshold is needed. See `_prefix_search` for its order, `_prefix_last` for the last
+token under a language model's loss, which no module ever reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from lmleak.attacks._objective import frozen
+from lmleak.attacks._prefix_forward import Reader
+from lmleak.attacks._prefix_last import last_token
+from lmleak.attacks._prefix_search import Exhausted, Node, Search
+from lmleak.attacks._prefix_sites import Site, site
+from lmleak.attacks._rowspace import RowSpace, describe, matrix, row_space
+from lmleak.attacks._text import refuse, sentence, special_frame
+from lmleak.records import Knowledge, Observation, Reconstruction, Victim
+
+
+class Config(BaseModel):
+    """How long to look, and where first. Rank and acceptance come from the gradient's own spectrum."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_candidates: int = Field(3_000_000, ge=1, description="tokens run up to the module before the attack gives up")
+    prior: str | None = Field(
+        None, description="a text file whose words are tried first; default: the vocabulary's own order"
+    )
+
+
+#: The easy case of the contract test.
+EXAMPLE = {
+    "fields": {},
+    "select": {"components": ["ffn_in"], "layers": [1]},
+    "knowledge": {},
+    "batch_size": 1,
+}
+
+
+def attack(
+    config: Config,
+    observation: Observation,
+    knowledge: Knowledge,
+    victim: Victim,
+    generator: torch.Generator,
+    progress: Callable[[str], None],
+) -> Reconstruction:
+    """Extends prefixes by the span test at the observed module that shows most (of several, the cheapest).
+
+    Works on causal models whose observed module keeps a row for every token: all but a classifier's last block.
+    Sentences of different lengths are found one by one; which tokens end a sentence follows from the rank.
+    """
+    if not getattr(victim.family, "CAUSAL", False):
+        return refuse("not_applicable", f"'{victim.kind}' reads both ways: no prefix can be tested without the rest")
+    dropped = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in victim.module.modules())
+    if observation.mode == "train" and dropped:
+        return refuse("not_applicable", "dropout is on in the client: the row space is that of dropped-out inputs")
+    where = site(victim, observation)
+    if isinstance(where, str):
+        return refuse("not_applicable", where)
+    space = row_space([matrix(victim.module, e, observation.gradients[e.name]) for e in where.entries])
+    if space.spectrum.numel() == 0 or space.spectrum[0] == 0:
+        return refuse("no_signal", "the observed gradient is zero", describe(space))
+    if not space.rank:
+        why = f"its spectrum has no edge (largest step {space.gap:.1f}): noise, or as many tokens as dimensions"
+        return refuse("no_signal", why, describe(space))
+    frame = special_frame(victim, knowledge)
+    reader = Reader(victim.module, where.module)
+    with frozen(victim.module), torch.no_grad():
+        search = Search(
+            reader,
+            space,
+            where.kind,
+            _unit(victim),
+            _order(victim, config.prior),
+            observation.batch_size,
+            config.max_candidates,
+            generator,
+            lambda place: None,
+            frame.first[0] if frame.first else None,
+            lambda tokens: progress(victim.processor.decode(list(tokens))),
+        )
+        spent = False
+        try:
+            search.run()
+        except Exhausted:
+            spent = True
+        return _answer(victim, observation, where, space, search, spent)
+
+
+def _answer(
+    victim: Victim, observation: Observation, where: Site, space: RowSpace, search: Search, spent: bool
+) -> Reconstruction:
+    details = describe(space) | {
+        "module": where.module,
+        "features": search.found,
+        "candidates": search.reader.evaluated,
+    }
+    leaves = [node for node in search.leaves() if any(n.misfit is not None for n in _path(search.root, node))]
+    if not leaves:
+        if spent:
+            return refuse("budget_exhausted", f"no token found in {search.reader.evaluated} candidates", details)
+        return refuse("no_signal", "no token's input lies in the observed space", details)
+    complete = search.found >= space.rank
+    nodes = [n for n in _all(search.root) if n.misfit is not None]
+    details["residual"] = max(n.misfit for n in nodes)
+    sentences, confidence = [], []
+    ends = _ends(victim, observation, where, search, leaves) if victim.task == "causal-lm" and complete else None
+    for i, leaf in enumerate(leaves):
+        tokens = list(leaf.prefix.tokens)
+        margin = min(search.margin(n) for n in _path(search.root, leaf) if n.misfit is not None)
+        if ends is not None and ends[i] is not None:
+            token, mismatch, second = ends[i]
+            tokens.append(token)
+            margin = min(margin, 1 - mismatch / max(second, 1e-300))
+        sentences.append(tokens)
+        confidence.append(max(0.0, margin) if complete else 0.0)
+    if len(leaves) < observation.batch_size:
+        details["missing"] = "sentences that repeat, or are the beginning of, another one leave no row of their own"
+    if complete:
+        return sentence(victim, sentences, confidence, details)
+    why = f"{search.found} of {space.rank} rows explained after {search.reader.evaluated} candidates"
+    status = "budget_exhausted" if spent else "no_signal"
+    return sentence(victim, sentences, confidence, details, status=status, reason=why)
+
+
+def _ends(
+    victim: Victim, observation: Observation, where: Site, search: Search, leaves: list[Node]
+) -> list[tuple[int, float, float] | None]:
+    """Last tokens by `_prefix_last`, one a leaf."""
+    nodes = [n for n in _all(search.root) if n.misfit is not None]
+    rows = torch.stack([n.row for n in nodes])
+    entry = where.entries[0]
+    gradient = matrix(victim.module, entry, observation.gradients[entry.name]).double()
+    deltas = torch.linalg.lstsq(rows.T, gradient.T).solution  # [rows, d_out]: G = deltas^T rows
+    part = None if entry.part is None else entry.part[1:]
+    predicted = sum(len(leaf.prefix.tokens) for leaf in leaves)
+    out: list[tuple[int, float, float] | None] = []
+    for leaf in leaves:
+        at = next((i for i, n in enumerate(nodes) if n is leaf), None)
+        if at is None:
+            out.append(None)
+            continue
+        out.append(last_token(victim.module, where.module, part, leaf.prefix.tokens, deltas[at], predicted))
+    return out
+
+
+def _all(node: Node) -> Iterator[Node]:
+    yield node
+    for child in node.children:
+        yield from _all(child)
+
+
+def _path(root: Node, leaf: Node) -> Iterator[Node]:
+    node = root
+    while node is not leaf:
+        depth = len(node.prefix.tokens)
+        node = next(c for c in node.children if c.prefix.tokens == leaf.prefix.tokens[: depth + 1])
+        yield node
+
+
+def _unit(victim: Victim) -> Tensor:
+    """[v, f] word embeddings, centred, of length 1."""
+    words = victim.module.get_input_embeddings().weight.detach().float()
+    words = words - words.mean(0)
+    return words / words.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def _order(victim: Victim, prior: str | None) -> Tensor:
+    """[v] tokens, most frequent in the prior's text first, the rest as numbered (byte pairs rank themselves)."""
+    words = victim.module.get_input_embeddings().weight
+    count = torch.zeros(len(words))
+    if prior is not None:
+        text = Path(prior).expanduser().read_text(encoding="utf-8", errors="replace")
+        for start in range(0, len(text), 1 << 16):
+            ids = victim.processor(text[start : start + (1 << 16)], add_special_tokens=False)["input_ids"]
+            count += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(words))[: len(words)]
+    return count.argsort(descending=True, stable=True).to(words.device)

@@ -1,0 +1,128 @@
+"""prefix: exact tokens of decoders from one module; its shared-prefix forward and last token against slow twins."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from lmleak.attacks import attack
+from lmleak.attacks._objective import frozen
+from lmleak.attacks._prefix_forward import Prefix, Reader
+from lmleak.data import load_batches
+from lmleak.gradients import observe, select
+from lmleak.models import load_model
+
+LLAMA = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_llama():
+    return load_model("llama", weights="random", task="causal-lm", tokenizer="bytes", config=LLAMA, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    config = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    return load_model("gpt2", weights="random", tokenizer="bytes", config=config, device="cpu")
+
+
+def _batch(victim, tmp_path, texts):
+    path = tmp_path / "texts.tsv"
+    path.write_text("text\tlabel\n" + "".join(f"{text}\t{i % 2}\n" for i, text in enumerate(texts)))
+    return load_batches(
+        victim, "local", path=str(path), text_column="text", label_column="label", batch_size=len(texts), shuffle=False
+    )[0]
+
+
+def _run(victim, batch, component, layer, **fields):
+    observation = observe(victim, batch, select(victim, components=[component], layers=[layer], parameters="weight"))
+    return attack(observation, victim, "prefix", **fields)
+
+
+@pytest.mark.parametrize("kind", ["tiny_gpt2", "tiny_llama"])
+def test_shared_prefix_forward_reads_what_the_plain_forward_reads(request, kind):
+    victim = request.getfixturevalue(kind)
+    name = select(victim, components=["ffn_in"], layers=[2], parameters="weight").entries[0].module
+    reader, caught = Reader(victim.module, name), []
+    texts = [[5, 9, 40, 7], [80, 81, 82, 83]]
+    with frozen(victim.module), torch.no_grad():
+        prefixes = []
+        for ids in texts:
+            prefix = Prefix()
+            for token in ids:
+                prefix = reader.extend(prefix, token)
+            prefixes.append(prefix)
+        last = torch.arange(133).expand(2, -1)  # more than one row of the sequence axis, and not a multiple of it
+        fast = reader.read(prefixes, last)
+        handle = victim.module.get_submodule(name).register_forward_pre_hook(lambda m, args: caught.append(args[0]))
+        try:
+            for ids in texts:
+                whole = torch.tensor([[*ids, token] for token in last[0].tolist()])
+                victim.module(input_ids=whole, use_cache=False)
+        finally:
+            handle.remove()
+    slow = torch.stack([x[:, -1] for x in caught])
+    assert torch.allclose(fast, slow, atol=2e-5 * slow.abs().max())
+
+
+@pytest.mark.parametrize("component", ["attn_value", "attn_qkv", "attn_output", "ffn_in", "ffn_out"])
+def test_one_module_of_a_language_model_gives_every_token(tiny_gpt2, tmp_path, component):
+    batch = _batch(tiny_gpt2, tmp_path, ["Rain on Oslo."])
+    result = _run(tiny_gpt2, batch, component, 1)
+    assert (result.status, result.tokens) == ("ok", batch.reference.tokens)
+    assert result.confidence[0] > 0.9
+
+
+@pytest.mark.parametrize("component", ["attn_value", "ffn_in"])
+def test_sentences_of_different_length_are_told_apart(classifier, tmp_path, component):
+    batch = _batch(classifier, tmp_path, ["Rain on Oslo.", "Nobody.", "She sold it twice"])
+    result = _run(classifier, batch, component, 1)
+    assert result.status == "ok"
+    assert sorted(result.tokens) == sorted(batch.reference.tokens)
+
+
+@pytest.mark.parametrize("component", ["attn_key", "attn_output", "ffn_in"])
+def test_rotary_positions(tiny_llama, tmp_path, component):
+    batch = _batch(tiny_llama, tmp_path, ["Rain on Oslo."])
+    result = _run(tiny_llama, batch, component, 2)
+    assert (result.status, result.tokens) == ("ok", batch.reference.tokens)
+
+
+@pytest.mark.parametrize("component", ["attn_query", "attn_key"])
+def test_query_and_key_find_the_first_two_tokens_together(classifier, tmp_path, component):
+    batch = _batch(classifier, tmp_path, ["Rain on Oslo."])
+    result = _run(classifier, batch, component, 1)
+    assert (result.status, result.tokens) == ("ok", batch.reference.tokens)
+
+
+def test_last_block_of_a_classifier_is_not_applicable(classifier, tmp_path):
+    result = _run(classifier, _batch(classifier, tmp_path, ["Rain on Oslo."]), "ffn_in", 2)
+    assert result.status == "not_applicable"
+    assert "pooled token" in result.reason
+
+
+def test_budget_ends_the_search_honestly(classifier, tmp_path):
+    result = _run(classifier, _batch(classifier, tmp_path, ["Rain on Oslo."]), "ffn_in", 1, max_candidates=600)
+    assert result.status == "budget_exhausted"
+    assert set(result.confidence) <= {0.0}
+
+
+def test_another_models_gradient_gives_no_sentence(classifier, tmp_path):
+    other = copy.deepcopy(classifier.module)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    batch = _batch(classifier, tmp_path, ["Rain on Oslo."])
+    stranger = copy.copy(classifier)
+    object.__setattr__(stranger, "module", other)
+    observation = observe(stranger, batch, select(stranger, components=["ffn_in"], layers=[1], parameters="weight"))
+    result = attack(observation, classifier, "prefix")
+    assert result.status == "no_signal"
