@@ -1,6 +1,6 @@
 """What the README says of the code is derived from the code.
 
-    python tests/test_readme.py     rewrites the README's tables
+python tests/test_readme.py     rewrites the README's tables
 """
 
 from __future__ import annotations
