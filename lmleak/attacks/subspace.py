@@ -1,0 +1,227 @@
+"""Exact sentences from any single linear module of an encoder, by search in its row space (after 2405.15586).
+
+The weight gradient of any linear module spans the inputs of that module, and in an encoder these follow from the whole
+sentence. A relaxation over the vocabulary proposes sentences, discrete descent finishes them, and the gradient's own
+spectrum says whether the sentence found is the one. Petrov et al. 2024 (2405.15586) test this row space at layers 0 and
+1; one matrix is enough here. The rank shows the length; no label is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from lmleak.attacks import span
+from lmleak.attacks._discrete import Search
+from lmleak.attacks._energy import Energy, Site, site
+from lmleak.attacks._rowspace import weights
+from lmleak.attacks._subspace_relax import Pool, Schedule, relax
+from lmleak.attacks._text import Frame, refuse, sentence, special_frame
+from lmleak.records import Knowledge, Observation, Reconstruction, Victim
+
+Positive = Annotated[int, Field(gt=0)]
+Number = Annotated[float, Field(gt=0)]
+
+COMPONENTS = ("attn_query", "attn_key", "attn_value", "attn_output", "ffn_in", "ffn_out")
+RIDGE = 1e-4  #: of the discrete energy: above float32's rounding of X X^T, below what separates sentences
+
+EXAMPLE = {
+    "fields": {"budget": 3000},
+    "select": {"components": ["attn_query"], "layers": [0]},
+    "knowledge": {},
+    "batch_size": 1,
+}
+
+
+class Config(BaseModel):
+    """Effort; nothing here decides what counts as found."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: Positive = 80  #: of mirror descent a round
+    restarts: Positive = 4  #: a round, as one batch
+    rate: Number = 0.5  #: step of the log-probabilities, in standard deviations of the slope over the vocabulary
+    ridge: Number = 0.1  #: what the boldest restart begins with; each further one with less
+    shortlist: Positive = 4  #: changes tried for every position and kind
+    budget: Positive = 20_000  #: sentences sent through the model, a backward pass counted as two
+
+
+def attack(
+    config: Config,
+    observation: Observation,
+    knowledge: Knowledge,
+    victim: Victim,
+    generator: torch.Generator,
+    progress: Callable[[str], None],
+) -> Reconstruction:
+    """Finds the one sentence whose inputs at the observed modules fill the spaces that their gradients show."""
+    if getattr(victim.family, "CAUSAL", True):
+        return refuse("not_applicable", "the model is causal: prefix reads it token by token, and faster")
+    if observation.mode == "train" and span._dropout(victim):
+        return refuse("not_applicable", "dropout is on in the client: the row space is that of dropped-out inputs")
+    if observation.batch_size != 1:
+        return refuse("not_applicable", "searches for one sentence; the gradient sums over several")
+    entries = weights(observation, component=COMPONENTS)
+    if not entries:
+        return refuse("not_applicable", f"needs the weight gradient of one of {', '.join(COMPONENTS)}")
+    sites = [site(victim, observation, e) for e in entries]
+    if all(s.space.spectrum.numel() == 0 or s.space.spectrum[0] == 0 for s in sites):
+        return refuse("no_signal", "every observed gradient is zero")
+    clear = [s for s in sites if s.space.rank]
+    if not clear:
+        gap = max(s.space.gap for s in sites)
+        why = f"no spectrum has an edge (largest step {gap:.1f}): noise, or as many tokens as dimensions"
+        return refuse("no_signal", why, {"gap": gap})
+    length, whole, why = _length(victim, clear, knowledge)
+    details = {"rank": max(s.space.rank for s in clear), "gap": round(min(s.space.gap for s in clear), 3)}
+    if not whole:
+        return refuse("not_applicable", why, details)
+    frame = special_frame(victim, knowledge)
+    if length <= frame.size:
+        return refuse("no_signal", f"the gradient shows {length} token(s), fewer than a sentence has", details)
+    energy = Energy(victim, whole)
+    with energy.attached():
+        read = _read(observation, knowledge, victim, generator, energy, frame, length)
+        if read is not None:
+            return read
+        return _Attack(config, energy, victim, frame, length, generator, progress).run(details)
+
+
+def _read(
+    observation: Observation,
+    knowledge: Knowledge,
+    victim: Victim,
+    generator: torch.Generator,
+    energy: Energy,
+    frame: Frame,
+    length: int,
+) -> Reconstruction | None:
+    """Layer 0's query, key and value need no search; what `span` reads there must explain every observed module."""
+    readers = weights(observation, component=span.READERS, layer=0)
+    if not readers:
+        return None
+    part = {e.name: observation.gradients[e.name] for e in readers}
+    known = replace(observation, entries=readers, gradients=part)
+    answer = span.attack(span.Config(), known, knowledge, victim, generator, lambda text: None)
+    if answer.status != "ok" or len(answer.tokens[0]) + frame.size != length:
+        return None
+    tokens = (*frame.first, *answer.tokens[0], *frame.last)
+    verdict = energy.verdict(torch.tensor(tokens, device=energy.table.device))
+    if verdict >= 1:
+        return None
+    details = dict(answer.details) | {"verdict": verdict, "length": length, "by": "span"}
+    return replace(answer, confidence=(1.0 - 0.5 * verdict,), details=details)
+
+
+def _length(victim: Victim, sites: list[Site], knowledge: Knowledge) -> tuple[int, list[Site], str]:
+    """Tokens of the sentence, and the modules in which every one of them carries gradient; else why there is none."""
+    layers = victim.module.config.num_hidden_layers
+    heads = victim.module.config.num_attention_heads
+    granted = knowledge.lengths[0] if knowledge.lengths else None
+    whole, why = [], ""
+    for one in sites:
+        e = one.entry
+        if e.layer == layers - 1 and one.space.rank == 1:
+            why = f"{e.component} of the last layer shows one direction (rank 1): only the pooled position carries loss"
+        elif e.layer == layers - 1 and e.component in ("attn_key", "attn_value") and one.space.rank >= heads:
+            # The pooled position attends once a head, so delta has one direction a head.
+            why = f"{e.component} of the last layer shows one direction a head ({heads}) of a longer sentence"
+        elif e.layer == layers - 1 and victim.task != "sequence-classification":
+            why = f"{e.component} of the last layer shows only the positions that carry loss"
+        else:
+            whole.append(one)
+    length = max((one.tokens for one in whole), default=0)
+    whole = [one for one in whole if one.tokens == length]
+    if granted is not None and whole and granted != length:
+        return 0, [], f"the rank shows {length} tokens, but {granted} are granted: the gradient is of another sentence"
+    return length, whole, why
+
+
+class _Attack:
+    """State of one search for one sentence."""
+
+    def __init__(
+        self,
+        config: Config,
+        energy: Energy,
+        victim: Victim,
+        frame: Frame,
+        length: int,
+        generator: torch.Generator,
+        progress: Callable[[str], None],
+    ):
+        self.config, self.energy, self.victim, self.frame = config, energy, victim, frame
+        self.generator, self.progress = generator, progress
+        self.length, self.free = length, length - frame.size
+        self.words = vocabulary(victim).to(energy.table.device)
+        first = len(frame.first)
+        self.search = Search(energy, self.words, first, first + self.free, RIDGE, config.shortlist)
+
+    def run(self, details: dict) -> Reconstruction:
+        config = self.config
+        schedule = Schedule(config.steps, config.restarts, config.rate, config.ridge, RIDGE)
+        best: tuple[float, tuple[int, ...]] | None = None
+        seen: Tensor | None = None
+        rounds, verdict = 0, float("inf")
+        while verdict >= 1 and (not rounds or self.energy.evaluations < config.budget):
+            hint, trust = self._trust(best[1]) if best else (None, None)
+            pool = relax(
+                self.energy, self.frame, self.free, self.words, schedule, self.generator, self._done, hint, trust
+            )
+            tokens = pool.best(4 * config.restarts)
+            seen = tokens if seen is None else torch.cat([seen, tokens], 1)
+            for start in self._starts(pool, best):
+                end = self.search.descend(start, seen, config.budget)
+                value = self.search.scores[end]
+                if best is None or value < best[0]:
+                    best, verdict = (value, end), self.energy.verdict(torch.tensor(end, device=seen.device))
+                    self.progress(f"energy {value:.3f}: {self._text(end)}")
+                if verdict < 1 or self.energy.evaluations >= config.budget:
+                    break
+            rounds += 1
+        assert best is not None
+        found = {"energy": best[0], "verdict": verdict, "rounds": rounds, "evaluations": self.energy.evaluations}
+        details = details | found | {"length": self.length}
+        if verdict < 1:
+            return sentence(self.victim, [best[1]], [1.0 - 0.5 * verdict], details)
+        why = f"not found: the best sentence misses the gradient's floor {verdict:.1f} times over"
+        confidence = [min(0.4, 0.5 / verdict)]
+        return sentence(self.victim, [best[1]], confidence, details, status="budget_exhausted", reason=why)
+
+    def _starts(self, pool: Pool, best: tuple[float, tuple[int, ...]] | None) -> list[tuple[int, ...]]:
+        """The two best of the restarts' likeliest sentences, and the best so far."""
+        rows = list(dict.fromkeys(tuple(row) for row in pool.sentences(self.frame).tolist()))
+        ranked = [row for _, row in sorted(zip(self.search.score(rows), rows, strict=True))]
+        return ranked[:2] + ([best[1]] if best else [])
+
+    def _trust(self, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The free tokens of a sentence, and a probability for each that falls with its residual's rank."""
+        ids = torch.tensor(tokens, device=self.energy.table.device)
+        with torch.no_grad():
+            residual = self.energy(self.energy.table[ids][None], RIDGE)[1][0]
+        start = len(self.frame.first)
+        free = residual[start : start + self.free]
+        rank = free.argsort().argsort().float() / max(1, self.free - 1)
+        return ids[start : start + self.free], 0.9 - 0.8 * rank
+
+    def _done(self, rows: Tensor) -> bool:
+        """Whether one of the sentences [k, n] is the answer."""
+        values = self.search.score([tuple(row) for row in rows.tolist()])
+        place = min(range(len(values)), key=values.__getitem__)
+        return values[place] < 0.5 and self.energy.verdict(rows[place]) < 1
+
+    def _text(self, tokens: tuple[int, ...]) -> str:
+        return self.victim.processor.decode(list(tokens), skip_special_tokens=True)
+
+
+def vocabulary(victim: Victim) -> Tensor:
+    """Token ids that may stand in a sentence: all but the special tokens and the tokenizer's unused slots."""
+    rows = victim.module.get_input_embeddings().weight.shape[0]
+    banned = set(victim.processor.all_special_ids)
+    banned |= {i for token, i in victim.processor.get_vocab().items() if token.startswith("[unused")}
+    return torch.tensor([i for i in range(rows) if i not in banned])

@@ -1,0 +1,84 @@
+"""subspace: exact sentences from one matrix of an encoder, lengths and labels not granted; honest where it cannot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lmleak import attack, load_batches, observe, select
+from lmleak.attacks._energy import Energy, site
+from lmleak.records import Knowledge
+
+
+def seen_at(victim, component, layer):
+    batch = load_batches(victim, "sample", max_tokens=9, limit=1)[0]
+    return observe(victim, batch, select(victim, components=component, layers=layer, parameters="weight")), batch
+
+
+@pytest.mark.parametrize(("component", "layer"), [("attn_key", 0), ("attn_query", 1), ("ffn_in", 0)])
+def test_reads_a_sentence_off_one_matrix(minilm, component, layer):
+    seen, batch = seen_at(minilm, component, layer)
+    result = attack(seen, minilm, "subspace")
+    assert result.status == "ok", result.reason
+    assert result.tokens == batch.reference.tokens
+    assert result.confidence[0] > 0.9
+
+
+@pytest.mark.parametrize("component", ["attn_query", "attn_key", "attn_value", "attn_output", "ffn_in", "ffn_out"])
+@pytest.mark.parametrize("layer", [0, 2, 4])
+def test_only_the_truth_meets_the_floor(minilm, component, layer):
+    seen, batch = seen_at(minilm, component, layer)
+    one = site(minilm, seen, seen.entries[0])
+    ids = batch.inputs["input_ids"][0]
+    assert one.tokens == len(ids)
+    with Energy(minilm, [one]).attached() as energy:
+        assert energy.verdict(ids) < 0.1
+        wrong = ids.clone()
+        wrong[2], wrong[3] = ids[3], ids[2]
+        assert energy.verdict(wrong) > 2
+        wrong = ids.clone()
+        wrong[3] = minilm.processor.convert_tokens_to_ids("the") + (ids[3] == 1996)
+        assert energy.verdict(wrong) > 2
+
+
+@pytest.mark.parametrize("component", ["attn_query", "attn_output", "ffn_in", "ffn_out"])
+def test_says_why_the_last_layer_shows_one_direction(minilm, component):
+    seen, _ = seen_at(minilm, component, 5)
+    result = attack(seen, minilm, "subspace")
+    assert result.status == "not_applicable"
+    assert "rank 1" in result.reason
+
+
+def test_an_exhausted_budget_is_no_answer(minilm):
+    seen, batch = seen_at(minilm, "attn_output", 4)
+    result = attack(seen, minilm, "subspace", steps=2, budget=1)
+    assert result.status == "budget_exhausted"
+    assert result.tokens != batch.reference.tokens
+    assert result.confidence[0] < 0.5
+
+
+def test_granted_length_that_the_rank_denies_is_refused(minilm):
+    seen, batch = seen_at(minilm, "attn_query", 1)
+    length = batch.inputs["input_ids"].shape[1]
+    result = attack(seen, minilm, "subspace", knowledge=Knowledge(lengths=(length + 1,)))
+    assert result.status == "not_applicable"
+    assert str(length) in result.reason
+
+
+def test_refuses_noise_and_batches(minilm):
+    seen, _ = seen_at(minilm, "attn_query", 1)
+    draw = torch.Generator().manual_seed(0)
+    noise = {name: torch.randn(g.shape, generator=draw) for name, g in seen.gradients.items()}
+    assert attack(replace(seen, gradients=noise), minilm, "subspace").status == "no_signal"
+    assert attack(replace(seen, batch_size=2), minilm, "subspace").status == "not_applicable"
+
+
+def test_a_ridge_for_every_sentence_is_that_sentence_s_own(minilm):
+    seen, batch = seen_at(minilm, "ffn_in", 1)
+    embeds = minilm.module.get_input_embeddings().weight.detach()[batch.inputs["input_ids"].roll(1, 1)]
+    with Energy(minilm, [site(minilm, seen, seen.entries[0])]).attached() as energy, torch.no_grad():
+        both, _ = energy(embeds.expand(2, -1, -1), torch.tensor([0.1, 1e-4]))
+        alone = torch.cat([energy(embeds, ridge)[0] for ridge in (0.1, 1e-4)])
+    torch.testing.assert_close(both, alone, rtol=1e-3, atol=1e-3)
