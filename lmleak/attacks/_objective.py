@@ -101,7 +101,7 @@ class Objective:
             logits = forward(module, inputs)
             losses = self._losses(logits, labels.flatten(0, 1))
         factors = tape.factors(losses, create_graph=create_graph)
-        return self._distance({name: [use.grouped(b) for use in uses] for name, uses in factors.items()}, k)
+        return self._distance({name: [use.grouped(b) for use in uses] for name, uses in factors.items()})
 
     def _positions(self, s: int) -> Tensor:
         first = getattr(self.victim.family, "first_position", None)
@@ -111,24 +111,26 @@ class Objective:
         own = sample_losses(logits, labels, self.victim.task, "sum")
         if self.reduction == "sum":
             return own
-        counts = torch.ones_like(own) if labels.dim() == 1 else (labels[:, 1:] != -100).sum(1).to(own.dtype)
+        predicted = labels[:, 1:] if self.victim.task == "causal-lm" else labels.view(len(own), -1)
+        counts = (predicted != -100).sum(1).to(own.dtype)
         share = counts.view(-1, self.layout.batch)
         return own * (share / share.sum(1, keepdim=True)).flatten()
 
-    def _distance(self, factors: dict[str, list[Factor]], k: int) -> Tensor:
-        out = self.mask.new_zeros(k, dtype=torch.get_default_dtype()).to(next(iter(self.targets.values())).dtype)
-        for name, uses in factors.items():
-            target, norm = self.targets[name], self.norms[name]
-            product, squared = inner(uses, self.projections[name]), squared_norms(uses)
-            if self.kind == "cosine":
-                # Two zero tensors agree: a module whose gradient vanishes (a key's bias) carries no evidence.
-                own = squared.clamp_min(1e-24).sqrt()
-                out = out + (1 - product / (own * norm).clamp_min(1e-24)) / len(factors)
-                continue
-            out = out + (squared - 2 * product + norm**2).clamp_min(0)
-            if self.kind == "tag":
+    def _distance(self, factors: dict[str, list[Factor]]) -> Tensor:
+        products = torch.stack([inner(uses, self.projections[name]) for name, uses in factors.items()])  # [entries, k]
+        squares = torch.stack([squared_norms(uses) for uses in factors.values()])
+        norms = torch.stack([self.norms[name] for name in factors])[:, None]
+        if self.kind == "cosine":
+            own = squares.clamp_min(1e-24).sqrt()
+            # A key's bias has no gradient (softmax is shift-invariant): the direction of its rounding is no evidence.
+            floor = 10 * torch.finfo(own.dtype).eps
+            directed = (squares > floor**2 * squares.amax(0)) & (norms > floor * norms.amax())
+            return 1 - torch.where(directed, products / (own * norms).clamp_min(1e-24), 0).mean(0)
+        out = (squares - 2 * products + norms**2).clamp_min(0).sum(0)
+        if self.kind == "tag":
+            for name, uses in factors.items():
                 dense = sum(use.each() for use in uses)
-                out = out + self.alpha * (dense - target).abs().flatten(1).sum(1)  # type: ignore[union-attr]
+                out = out + self.alpha * (dense - self.targets[name]).abs().flatten(1).sum(1)  # type: ignore[operator]
         return out
 
     def scored(self, embeds: Tensor, labels: Tensor) -> Tensor:

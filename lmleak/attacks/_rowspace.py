@@ -34,7 +34,9 @@ class RowSpace:
         """Share of |x| outside the space, 0..1, [...]; x [..., d] is taken in float64 (1 - |Bx|^2 would lose half)."""
         x = x.double()
         outside = x - (x @ self.basis.T) @ self.basis
-        return outside.norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-300)
+        length = x.norm(dim=-1)
+        # The zero vector lies in every space and shows nothing: a padding row where no position is added to it.
+        return torch.where(length > 0, outside.norm(dim=-1) / length.clamp_min(1e-300), 1.0)
 
 
 def matrix(module: nn.Module, entry: Entry, gradient: Tensor) -> Tensor:

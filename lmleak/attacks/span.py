@@ -74,7 +74,8 @@ def attack(
             )
         offset = len(frame.first)
         origin = layer.rows(torch.tensor(frame.first[0]), torch.tensor(0), dtype=torch.float64)
-    places = 1 if layer.position is None else min(space.rank + offset, len(layer.position))
+    # One place more than the rank: a causal model's first query sees only itself and has no gradient.
+    places = 1 if layer.position is None else min(space.rank + offset + 1, len(layer.position))
     expected = observation.batch_size if layer.position is not None else space.rank
     found = _read(layer, space, places, expected + SHORTLIST, origin, generator)
     return _assemble(victim, observation, frame, found, space, ordered=layer.position is not None)
@@ -141,6 +142,10 @@ def _assemble(
         details["order"] = "unknown: layer 0 of this family reads no position"
         return sentence(victim, [tokens], [_margin(found[0], len(tokens))], details)
     b = observation.batch_size
+    anchored = len(frame.first) if not accepted[0] else 0
+    unread = [place for place, pairs in enumerate(accepted[: _last(accepted)]) if not pairs and place >= anchored]
+    if unread:
+        details["unread"] = unread  # positions whose inputs carry no gradient here
     if b > 1:
         details["assignment"] = "arbitrary: layer 0 shows which tokens stand at a position, not in which sentence"
     sentences: list[list[int]] = []
@@ -161,6 +166,10 @@ def _assemble(
     if not any(made.tokens):
         return refuse("no_signal", f"only special tokens carry gradient here (rank {space.rank})", details)
     return made
+
+
+def _last(accepted: list[list[tuple[int, float]]]) -> int:
+    return max(place for place, pairs in enumerate(accepted) if pairs)
 
 
 def _margin(place: list[tuple[int, float]], count: int) -> float:
