@@ -9,13 +9,14 @@ Both sides see the same candidates, the same observed gradient and the same cosi
 They run in one process, in turn, the order changing every round; times are CPU seconds, medians over the rounds. Peak
 memory (Linux) is that of a fresh process for each side, above model and observation.
 
-    python benchmarks/matching.py --save benchmarks/results/matching.txt        (about 10 CPU minutes)
+    python benchmarks/matching.py --save benchmarks/results/matching.txt        (about 12 CPU minutes)
     python benchmarks/matching.py --rounds 1 --select attn_query                (about 1)
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -163,6 +165,7 @@ def compare(victim: Victim, name: str, task: str, rounds: int) -> dict:
     }
 
 
+@cache
 def peak(name: str, task: str, side: str) -> float:
     """MiB that one side needs above model and observation, in a process of its own."""
     command = [sys.executable, __file__, "--memory", json.dumps([name, task, side])]
@@ -171,6 +174,8 @@ def peak(name: str, task: str, side: str) -> float:
 
 def measure_memory(name: str, task: str, side: str) -> None:
     run = sides(build(), name, task)[side]
+    # Pages that building the model left free would hide as many of this side's.
+    ctypes.CDLL(None).malloc_trim(0)
     # Not getrusage: its maximum is handed down from the parent process and cannot be reset.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
