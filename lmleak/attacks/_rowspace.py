@@ -55,12 +55,16 @@ def row_space(gradients: Sequence[Tensor]) -> RowSpace:
     if not len(values) or values[0] == 0:
         return RowSpace(basis[:0], values, 1.0)
     # Square noise matrices end in a few arbitrarily small values, so the last tenth cannot be an edge.
-    steps = (values[:-1] / values[1:].clamp_min(values[0] * 1e-18))[: max(1, int(0.9 * min(stacked.shape)))]
-    rank = int(steps.argmax()) + 1 if len(steps) else 0
-    gap = float(steps[rank - 1]) if rank else 1.0
-    if gap < GAP:
-        return RowSpace(basis[:0], values, gap)
-    return RowSpace(basis[:rank], values, gap)
+    steps = _steps(values)[: max(1, int(0.9 * min(stacked.shape)))]
+    edges = (steps >= GAP).nonzero().flatten()
+    # The last edge: a random BERT's first value stands up to 200 times above its second, far from the rank.
+    rank = int(edges[-1]) + 1 if len(edges) else 0
+    return RowSpace(basis[:rank], values, float(steps[rank - 1] if rank else steps.max()))
+
+
+def _steps(values: Tensor) -> Tensor:
+    # Float64 rounding ends near 1e-16; a fall from there to an exact 0 is no edge.
+    return values[:-1] / values[1:].clamp_min(values[0] * 1e-13)
 
 
 def _spectrum(stacked: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,8 +78,9 @@ def _spectrum(stacked: Tensor) -> tuple[Tensor, Tensor]:
         sketch = torch.randn(width, rows, generator=draw, dtype=torch.float64).to(stacked.device) @ stacked
         frame = torch.linalg.qr(sketch.T).Q  # [d, width]
         _, values, right = torch.linalg.svd(stacked @ frame, full_matrices=False)
-        steps = values[:-1] / values[1:].clamp_min(values[0] * 1e-18)
-        if values[0] == 0 or float(steps[: width // 2].max()) >= GAP:
+        # A fall to float32's rounding, in the sketch's first half, is the last: nothing of the gradient lies behind it.
+        edges = (_steps(values[: width // 2]) >= GAP).nonzero().flatten()
+        if values[0] == 0 or (len(edges) and values[int(edges[-1]) + 1] < 1e-5 * values[0]):
             return values, right @ frame.T
         width *= 2
     _, values, right = torch.linalg.svd(stacked, full_matrices=False)
