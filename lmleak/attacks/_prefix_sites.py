@@ -58,6 +58,10 @@ def site(victim: Victim, observation: Observation) -> Site | str:
     kind, layer, stage, entries = usable[0]
     if rotary and layer == 0 and stage == 0:
         return "layer 0 of this family reads no position: its row space holds the words, not their order (see span)"
+    if layer == 0 and stage == 0 and not single:
+        return (
+            "layer 0's query, key and value read single tokens: with several sentences see span for each position's set"
+        )
     lead = sorted(entries, key=lambda e: ("attn_value", "attn_qkv").count(e.component or "") == 0)
     return Site(lead[0].module, tuple(lead), layer, kind)
 

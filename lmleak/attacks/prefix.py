@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from lmleak.attacks._objective import frozen
+from lmleak.attacks._prefix_first import first_token
 from lmleak.attacks._prefix_forward import Reader
 from lmleak.attacks._prefix_last import last_token
 from lmleak.attacks._prefix_search import Exhausted, Node, Search
@@ -121,6 +122,10 @@ def _answer(
             token, mismatch, second = ends[i]
             tokens.append(token)
             margin = min(margin, 1 - mismatch / max(second, 1e-300))
+        if where.layer == 0 and where.kind == "but_first" and not search.first:
+            token, mismatch, second = _first(victim, observation, where, search, leaf)
+            tokens[0] = token
+            margin = min(margin, 1 - mismatch / max(second, 1e-300))
         sentences.append(tokens)
         confidence.append(max(0.0, margin) if complete else 0.0)
     if len(leaves) < observation.batch_size:
@@ -136,11 +141,8 @@ def _ends(
     victim: Victim, observation: Observation, where: Site, search: Search, leaves: list[Node]
 ) -> list[tuple[int, float, float] | None]:
     """Last tokens by `_prefix_last`, one a leaf."""
-    nodes = [n for n in _all(search.root) if n.misfit is not None]
-    rows = torch.stack([n.row for n in nodes])
+    nodes, deltas = _deltas(victim, observation, where, search)
     entry = where.entries[0]
-    gradient = matrix(victim.module, entry, observation.gradients[entry.name]).double()
-    deltas = torch.linalg.lstsq(rows.T, gradient.T).solution  # [rows, d_out]: G = deltas^T rows
     part = None if entry.part is None else entry.part[1:]
     predicted = sum(len(leaf.prefix.tokens) for leaf in leaves)
     out: list[tuple[int, float, float] | None] = []
@@ -151,6 +153,26 @@ def _ends(
             continue
         out.append(last_token(victim.module, where.module, part, leaf.prefix.tokens, deltas[at], predicted))
     return out
+
+
+def _deltas(victim: Victim, observation: Observation, where: Site, search: Search) -> tuple[list[Node], Tensor]:
+    """Nodes with a row, and their output gradients [rows, d_out]: the gradient is their deltas^T rows."""
+    nodes = [n for n in _all(search.root) if n.row is not None]
+    rows = torch.stack([n.row for n in nodes])
+    entry = where.entries[0]
+    gradient = matrix(victim.module, entry, observation.gradients[entry.name]).double()
+    return nodes, (gradient @ torch.linalg.pinv(rows)).T
+
+
+def _first(
+    victim: Victim, observation: Observation, where: Site, search: Search, leaf: Node
+) -> tuple[int, float, float]:
+    """The first token by `_prefix_first`."""
+    nodes, deltas = _deltas(victim, observation, where, search)
+    at = next(i for i, n in enumerate(nodes) if n.prefix.tokens == leaf.prefix.tokens[:2])
+    packed = victim.module.get_submodule(where.module)
+    layer, heads = victim.family.input_layer(victim.module), victim.module.config.num_attention_heads
+    return first_token(layer, packed, heads, leaf.prefix.tokens[1], deltas[at])
 
 
 def _all(node: Node) -> Iterator[Node]:

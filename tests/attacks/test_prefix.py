@@ -96,10 +96,11 @@ def test_rotary_positions(tiny_llama, tmp_path, component):
     assert (result.status, result.tokens) == ("ok", batch.reference.tokens)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("component", ["attn_query", "attn_key"])
-def test_query_and_key_find_the_first_two_tokens_together(classifier, tmp_path, component):
+def test_query_and_key_do_not_hold_the_first_token_and_still_give_it(classifier, tmp_path, component, layer):
     batch = _batch(classifier, tmp_path, ["Rain on Oslo."])
-    result = _run(classifier, batch, component, 1)
+    result = _run(classifier, batch, component, layer)
     assert (result.status, result.tokens) == ("ok", batch.reference.tokens)
 
 
