@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-SHORTLIST = 128  #: tokens whose whole output gradient is compared
+SHORTLIST = 128  #: tokens whose whole output gradient is compared at a time
+CLEAR = 0.02  #: measured: the truth at 2e-7 to 2e-6, the nearest wrong token at 0.18 or more; only ends the search
 
 
 def last_token(
@@ -58,8 +59,13 @@ def last_token(
         wanted = mean - predicted * delta.to(mean)
         (pushed,) = torch.autograd.grad(pulled, weight, wanted, retain_graph=True)  # J wanted
         rows = head.weight.detach()
-        short = (rows @ pushed / rows.norm(dim=1).clamp_min(1e-30)).topk(min(SHORTLIST, len(rows))).indices
-        each = torch.autograd.grad(final, probe, rows[short], is_grads_batched=True)[0]
-    mismatch = (each - wanted).double().norm(dim=1) / wanted.double().norm().clamp_min(1e-300)
+        ranked = (rows @ pushed / rows.norm(dim=1).clamp_min(1e-30)).argsort(descending=True)[: 16 * SHORTLIST]
+        parts = []
+        for short in ranked.split(SHORTLIST):
+            each = torch.autograd.grad(final, probe, rows[short], is_grads_batched=True, retain_graph=True)[0]
+            parts.append((each - wanted).double().norm(dim=1) / wanted.double().norm().clamp_min(1e-300))
+            if float(parts[-1].min()) < CLEAR:
+                break
+    mismatch, short = torch.cat(parts).detach(), ranked
     order = mismatch.argsort()
     return int(short[order[0]]), float(mismatch[order[0]]), float(mismatch[order[1]])

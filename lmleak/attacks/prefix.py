@@ -114,31 +114,40 @@ def _answer(
     nodes = [n for n in _all(search.root) if n.misfit is not None]
     details["residual"] = max(n.misfit for n in nodes)
     sentences, confidence = [], []
-    ends = _ends(victim, observation, where, search, leaves) if victim.task == "causal-lm" and complete else None
+    why = f"{search.found} of {space.rank} rows explained after {search.reader.evaluated} candidates"
+    texts, firsts = [list(leaf.prefix.tokens) for leaf in leaves], {}
+    if where.layer == 0 and where.kind == "but_first" and search.first is None:
+        for i, leaf in enumerate(leaves):
+            texts[i][0], mismatch, second = _first(victim, observation, where, search, leaf)
+            firsts[i] = 1 - mismatch / max(second, 1e-300)
+    ends = None
+    if victim.task == "causal-lm" and complete:
+        ends = _ends(victim, observation, where, search, leaves, texts)
     for i, leaf in enumerate(leaves):
-        tokens = list(leaf.prefix.tokens)
+        tokens = list(texts[i])
         margin = min(search.margin(n) for n in _path(search.root, leaf) if n.misfit is not None)
+        margin = min(margin, firsts.get(i, 1.0))
         if ends is not None and ends[i] is not None:
             token, mismatch, second = ends[i]
-            tokens.append(token)
+            # A label that fits no better than the next one is not an answer.
             margin = min(margin, 1 - mismatch / max(second, 1e-300))
-        if where.layer == 0 and where.kind == "but_first" and not search.first:
-            token, mismatch, second = _first(victim, observation, where, search, leaf)
-            tokens[0] = token
-            margin = min(margin, 1 - mismatch / max(second, 1e-300))
+            if margin > 0.5:
+                tokens.append(token)
+            else:
+                complete = False
+                why = f"no label explains the last output gradient (best mismatch {mismatch:.2g}, next {second:.2g})"
         sentences.append(tokens)
         confidence.append(max(0.0, margin) if complete else 0.0)
     if len(leaves) < observation.batch_size:
         details["missing"] = "sentences that repeat, or are the beginning of, another one leave no row of their own"
     if complete:
         return sentence(victim, sentences, confidence, details)
-    why = f"{search.found} of {space.rank} rows explained after {search.reader.evaluated} candidates"
     status = "budget_exhausted" if spent else "no_signal"
     return sentence(victim, sentences, confidence, details, status=status, reason=why)
 
 
 def _ends(
-    victim: Victim, observation: Observation, where: Site, search: Search, leaves: list[Node]
+    victim: Victim, observation: Observation, where: Site, search: Search, leaves: list[Node], texts: list[list[int]]
 ) -> list[tuple[int, float, float] | None]:
     """Last tokens by `_prefix_last`, one a leaf."""
     nodes, deltas = _deltas(victim, observation, where, search)
@@ -146,12 +155,12 @@ def _ends(
     part = None if entry.part is None else entry.part[1:]
     predicted = sum(len(leaf.prefix.tokens) for leaf in leaves)
     out: list[tuple[int, float, float] | None] = []
-    for leaf in leaves:
+    for leaf, tokens in zip(leaves, texts, strict=True):
         at = next((i for i, n in enumerate(nodes) if n is leaf), None)
         if at is None:
             out.append(None)
             continue
-        out.append(last_token(victim.module, where.module, part, leaf.prefix.tokens, deltas[at], predicted))
+        out.append(last_token(victim.module, where.module, part, tokens, deltas[at], predicted))
     return out
 
 
