@@ -132,8 +132,9 @@ class Energy:
         """How far inside its noise a sentence [n] explains the gradients: below 1 it is the answer.
 
         The largest share of any input outside its space, and of any direction of the space outside the inputs' span, in
-        float64, against the middle of the spectrum's edge: the row space is known to about 1 / gap, a wrong sentence
-        misses it by two percent or more, and sqrt(1 / gap) lies between the two whatever the dtype.
+        float64, against the middle of the spectrum's edge, sqrt(1 / gap): the space itself is known to about 1 / gap.
+        MiniLM, 6 components at layers 0, 2 and 4: the truth at 2e-4 to 1e-3 of that, one word exchanged or two swapped
+        at 2 or more.
         """
         worst = 0.0
         for one, x in zip(self.sites, self.inputs(self.table[tokens][None]), strict=True):

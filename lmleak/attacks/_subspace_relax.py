@@ -89,7 +89,7 @@ def relax(
     for step in range(schedule.steps):
         # Tokens of no weight anywhere leave: the products with the table then cost nothing beside the model.
         if step in (schedule.steps * 3 // 10, schedule.steps * 6 // 10):
-            width = 200 if step < schedule.steps // 2 else 40
+            width = 800 if step < schedule.steps // 2 else 100
             keep = logits.flatten(0, 1).topk(min(width, len(words)), -1).indices.unique()
             words, logits = words[keep], logits[..., keep]
         part = table[words]

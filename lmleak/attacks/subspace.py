@@ -43,11 +43,11 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: Positive = 80  #: of mirror descent a round
+    steps: Positive = 100  #: of mirror descent a round
     restarts: Positive = 4  #: a round, as one batch
     rate: Number = 0.5  #: step of the log-probabilities, in standard deviations of the slope over the vocabulary
     ridge: Number = 0.1  #: what the boldest restart begins with; each further one with less
-    shortlist: Positive = 4  #: changes tried for every position and kind
+    shortlist: Positive = 8  #: changes tried for every position and kind
     budget: Positive = 20_000  #: sentences sent through the model, a backward pass counted as two
 
 
@@ -164,7 +164,7 @@ class _Attack:
 
     def run(self, details: dict) -> Reconstruction:
         config = self.config
-        schedule = Schedule(config.steps, config.restarts, config.rate, config.ridge, RIDGE)
+        schedule = Schedule(config.steps, config.restarts, config.rate, config.ridge, 0.1 * config.ridge)
         best: tuple[float, tuple[int, ...]] | None = None
         seen: Tensor | None = None
         rounds, verdict = 0, float("inf")

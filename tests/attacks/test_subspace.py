@@ -59,6 +59,15 @@ def test_an_exhausted_budget_is_no_answer(minilm):
     assert result.confidence[0] < 0.5
 
 
+def test_a_space_of_no_sentence_is_never_a_confident_answer(minilm):
+    seen, _ = seen_at(minilm, "attn_query", 1)
+    order = torch.randperm(384, generator=torch.Generator().manual_seed(0))
+    wrong = {name: g[:, order] for name, g in seen.gradients.items()}
+    result = attack(replace(seen, gradients=wrong), minilm, "subspace", steps=10, budget=200)
+    assert result.status == "budget_exhausted"
+    assert result.confidence[0] < 0.5
+
+
 def test_granted_length_that_the_rank_denies_is_refused(minilm):
     seen, batch = seen_at(minilm, "attn_query", 1)
     length = batch.inputs["input_ids"].shape[1]
