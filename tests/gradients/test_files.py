@@ -98,7 +98,7 @@ def test_wrong_facts_are_named(folder, change, says):
     ("change", "says"),
     [
         ({"parameter": "transformer.h.0.attn.c_atn.weight"}, "; did you mean 'transformer.h.0.attn.c_attn.weight'?"),
-        ({"parameter": "transformer.h.0.mlp.c_fc.weight", "part": None}, "load the model it was taken from"),
+        ({"parameter": "transformer.h.0.mlp.c_fc.weight", "part": None}, "load the model it comes from"),
         ({"part": [1, 90, 122]}, "lies outside (32, 96)"),
         ({"part": [2, 0, 32]}, "lies outside (32, 96)"),
     ],
