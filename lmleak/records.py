@@ -20,7 +20,7 @@ Status = Literal["ok", "not_applicable", "no_signal", "budget_exhausted", "faile
 class Victim:
     """A model whose gradients leave the machine. The attacker knows all of it: weights, tokenizer, mode."""
 
-    module: torch.nn.Module
+    module: Any  #: torch.nn.Module; Any, because its submodules and config are reached by attribute
     processor: Any  #: tokenizer (text) or image processor
     family: ModuleType  #: the file of `lmleak.models` that knows this architecture's names
     kind: str

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lmleak.records import Entry, Observation
+from lmleak.errors import ModelError
+from lmleak.models._input import InputLayer
+from lmleak.records import Entry, Observation, Victim
 
 # The rank ends where the spectrum falls by at least this factor. MiniLM, 30 sentences, 6 components, 6 layers, float32
 # gradients: the true edge falls by 3e4 to 2e8, no step inside the spectrum by more than 6.6, none of the rounding tail
@@ -85,6 +87,14 @@ def _spectrum(stacked: Tensor) -> tuple[Tensor, Tensor]:
         width *= 2
     _, values, right = torch.linalg.svd(stacked, full_matrices=False)
     return values, right
+
+
+def known_input(victim: Victim) -> InputLayer | None:
+    """What layer 0's query, key and value read, where the family's file knows it in closed form."""
+    try:
+        return victim.family.input_layer(victim.module)
+    except (AttributeError, ModelError):
+        return None
 
 
 def weights(observation: Observation, **where: object) -> tuple[Entry, ...]:

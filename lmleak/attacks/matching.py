@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations_with_replacement, islice
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,7 +17,7 @@ from torch import Tensor
 from lmleak.attacks._moves import reorder, shuffle
 from lmleak.attacks._objective import Layout, Objective, frozen
 from lmleak.attacks._prior import Prior, load_prior
-from lmleak.attacks._rowspace import matrix, row_space, weights
+from lmleak.attacks._rowspace import known_input, matrix, row_space, weights
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
 from lmleak.errors import LmleakError
 from lmleak.records import Knowledge, Observation, Reconstruction, Victim
@@ -99,18 +99,29 @@ def attack(
 def lengths_from_rank(victim: Victim, observation: Observation) -> tuple[int, ...] | None:
     """Tokens of every sentence from the highest rank of an observed matrix; for a batch, its mean for each sentence.
 
-    None where no spectrum has an edge (noise). The last layer's matrices have rank 1 and are outvoted by any other; a
-    key's rank is one short for every sentence.
+    None where no spectrum has an edge (noise). The last layer's matrices have rank 1 and are outvoted by any other.
+    For every sentence a rank is one short of the tokens for a key without rotary positions (softmax is
+    shift-invariant), for a causal query (the first token attends to itself alone) and under a causal language model's
+    loss (nothing is predicted from the last token).
     """
-    entries = [e for e in weights(observation) if "embed" not in e.module and e.layer is not None]
+    b = observation.batch_size
+    causal = victim.family.CAUSAL
+    layer = known_input(victim)
+    rotary = layer is not None and layer.position is None
     counts = []
-    for entry in entries:
+    for entry in weights(observation):
+        if entry.layer is None:
+            continue
         space = row_space([matrix(victim.module, entry, observation.gradients[entry.name])])
-        counts.append(space.rank + (observation.batch_size if entry.component == "attn_key" and space.rank else 0))
+        short = (
+            (entry.component == "attn_key" and not rotary)
+            + (entry.component == "attn_query" and causal)
+            + (observation.task == "causal-lm")
+        )
+        counts.append(space.rank + short * b if space.rank else 0)
     total = max(counts, default=0)
     if not total:
         return None
-    b = observation.batch_size
     return tuple(total // b + (i < total % b) for i in range(b))
 
 
@@ -262,7 +273,12 @@ class _Search:
         score = float(scores[best])
         # Only the cosine objective has a scale: 0 is a perfect match, 1 an orthogonal one.
         confidence = max(0.0, 1.0 - score) if self.config.objective == "cosine" else 0.0
-        details = {"objective": score, "restart": best, "restarts": len(scores), "steps": self.config.steps}
+        details: dict[str, Any] = {
+            "objective": score,
+            "restart": best,
+            "restarts": len(scores),
+            "steps": self.config.steps,
+        }
         if labels is not None:
             details["labels"] = labels[best].tolist()
         return sentence(self.victim, rows, [confidence] * len(rows), details)

@@ -8,12 +8,13 @@ and its row space holds x_i - x_0 only. No length, label, threshold or optimisat
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from lmleak.attacks._rowspace import RowSpace, describe, matrix, row_space, weights
+from lmleak.attacks._rowspace import RowSpace, describe, known_input, matrix, row_space, weights
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
 from lmleak.models._input import InputLayer
 from lmleak.records import Knowledge, Observation, Reconstruction, Victim
@@ -47,22 +48,23 @@ def attack(
     Works on encoders and decoders whose layer 0 reads norm(word + position). With one sample the sentence comes with
     its order; with more, every position's tokens are exact and which sentence they belong to is not decided here.
     """
-    if not hasattr(victim.family, "input_layer"):
+    layer = known_input(victim)
+    if layer is None:
         return refuse("not_applicable", f"the input of layer 0 is not known in closed form for family '{victim.kind}'")
     if observation.mode == "train" and _dropout(victim):
         return refuse("not_applicable", "dropout is on in the client: the row space is that of dropped-out inputs")
     entries = [e for e in weights(observation, layer=0) if e.component in READERS]
     if not entries:
         return refuse("not_applicable", "needs the weight gradient of layer 0's query, key or value")
-    keys_only = all(e.component == "attn_key" for e in entries)
-    used = entries if keys_only else [e for e in entries if e.component != "attn_key"]
+    # Rotary positions turn every key by its own angle: the sum over a sentence no longer vanishes, nor do differences.
+    keys_only = layer.position is not None and all(e.component == "attn_key" for e in entries)
+    used = [e for e in entries if keys_only or layer.position is None or e.component != "attn_key"]
     space = row_space([matrix(victim.module, e, observation.gradients[e.name]) for e in used])
     if space.spectrum.numel() == 0 or space.spectrum[0] == 0:
         return refuse("no_signal", "the observed gradient is zero", describe(space))
     if not space.rank:
         why = f"its spectrum has no edge (largest step {space.gap:.1f}): noise, or as many tokens as dimensions"
         return refuse("no_signal", why, describe(space))
-    layer = victim.family.input_layer(victim.module)
     frame = special_frame(victim, knowledge)
     offset = 0
     origin = None
@@ -136,7 +138,7 @@ def _assemble(
         why = f"tokens in the observed space do not stand out ({ranked[count - 1]:.2g} against {ranked[count]:.2g})"
         return refuse("no_signal", why, describe(space))
     accepted = [[pair for pair in place if pair[1] <= ranked[count - 1]] for place in found]
-    details = describe(space) | {"residual": max(pair[1] for place in accepted for pair in place)}
+    details: dict[str, Any] = describe(space) | {"residual": max(pair[1] for place in accepted for pair in place)}
     if not ordered:
         tokens = [token for token, _ in accepted[0]]
         details["order"] = "unknown: layer 0 of this family reads no position"
