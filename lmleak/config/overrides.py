@@ -101,13 +101,14 @@ def _pin(data: dict[str, Any], override: Override) -> str | None:
 def _put_axis(data: dict[str, Any], override: Override) -> tuple[Key, str | None]:
     """`sweep.select.layers=[[0]]` or, in a list of products, `sweep.1.select.layers=[[0]]`."""
     sweep = data.setdefault("sweep", {})
+    key: Key = ("sweep",)
     rest = override.key[1:]
     if isinstance(sweep, list):
         if not rest[0].isdecimal() or int(rest[0]) >= len(sweep) or len(rest) < 2:
             return (), f"this sweep is a list: write sweep.N.field with N from 0 to {len(sweep) - 1}"
-        product, key, rest = sweep[int(rest[0])], ("sweep", int(rest[0])), rest[1:]
+        product, key, rest = sweep[int(rest[0])], (*key, int(rest[0])), rest[1:]
     else:
-        product, key = sweep, ("sweep",)
+        product = sweep
     if not isinstance(product, dict):
         return (), f"'{dotted(key)}' is not a mapping of fields to lists"
     product[dotted(rest)] = override.value

@@ -85,8 +85,11 @@ class Recipe(BaseModel):
 
     def _leaves(self, field: str) -> Iterator[tuple[Key, Any, Key]]:
         """Strings and numbers of a block and of sweeps over it: key in the text, value, key in the block."""
-        for key in self._source.places if self._source else ():
-            value = self._source.value
+        source = self._source
+        if source is None:
+            return
+        for key in source.places:
+            value = source.value
             for part in key:
                 value = value[part]
             real = key
