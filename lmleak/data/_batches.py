@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def batches(victim: Victim, examples: Examples, config: Any, seed: int) -> list[
     classify = victim.task == "sequence-classification"
     if classify:
         _check_labels(examples, victim.module.config.num_labels)
-    order = range(len(examples.texts))
+    order: Sequence[int] = range(len(examples.texts))
     if config.shuffle:
         order = torch.randperm(len(examples.texts), generator=generator(seed, "data")).tolist()
     kept = []
@@ -53,7 +53,9 @@ def batches(victim: Victim, examples: Examples, config: Any, seed: int) -> list[
     return [_batch(victim, examples, group, place, seed) for place, group in enumerate(groups)]
 
 
-def _tokenised(victim: Victim, examples: Examples, config: Any, order: Any) -> Iterator[tuple[int, list[int]]]:
+def _tokenised(
+    victim: Victim, examples: Examples, config: Any, order: Sequence[int]
+) -> Iterator[tuple[int, list[int]]]:
     longest = _longest(victim)
     if config.max_length:
         longest = min(config.max_length, longest)
