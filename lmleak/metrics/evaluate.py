@@ -62,9 +62,9 @@ def score(config: Config, reconstruction: Reconstruction, reference: Reference) 
     found = answers(reconstruction, reconstruction.texts, len(texts), "")
     tokens = answers(reconstruction, reconstruction.tokens, len(texts), ())
     order = align(list(enumerate(texts)), list(enumerate(found)), lambda a, b: _similarity(a[1], b[1]))
-    if config.field == "texts":
-        predictions, references = [found[i] for i, _ in order], texts
-    else:
+    predictions: list[Any] = [found[i] for i, _ in order]
+    references: list[Any] = texts
+    if config.field == "tokens":
         predictions, references = [list(tokens[i]) for i, _ in order], [list(each) for each in reference.tokens]
     if config.nested:
         references = [[each] for each in references]

@@ -54,7 +54,7 @@ def _one(reference: str, answer: str) -> dict[str, float | None]:
 
 def _similarity(reference: str, answer: str) -> float:
     row = _one(reference, answer)
-    return row["rouge1"] + (row["rouge2"] or 0.0)
+    return sum(row[key] or 0.0 for key in ("rouge1", "rouge2"))
 
 
 @cache
