@@ -56,9 +56,7 @@ def describe(argv: Sequence[str] | None, device: Any, processes: int) -> dict[st
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What may make the units of a resumed run differ from those already done, one phrase each."""
     old, new = before.get("versions") or {}, after["versions"]
-    phrases = [
-        f"{name} {old.get(name)} -> {new.get(name)}" for name in _LIBRARIES if old.get(name) != new.get(name)
-    ]
+    phrases = [f"{name} {old.get(name)} -> {new.get(name)}" for name in _LIBRARIES if old.get(name) != new.get(name)]
     fields = ("version", "commit", "python", "device", "threads")
     differ = [name for name in fields if before.get(name) != after[name]]
     return phrases + [f"{name} {before.get(name)} -> {after[name]}" for name in differ]

@@ -6,7 +6,7 @@ from lmleak.errors import LmleakError
 from lmleak.metrics import prepare, score
 from lmleak.records import Reconstruction, Reference
 
-SCRIPT = '''
+SCRIPT = """
 import datasets
 import evaluate
 
@@ -21,7 +21,7 @@ class Hits(evaluate.Metric):
     def _compute(self, predictions, references, weight=1.0):
         right = [p == r for p, r in zip(predictions, references)]
         return {"hits": weight * sum(right) / len(right), "count": len(right), "note": "text"}
-'''
+"""
 
 
 @pytest.fixture

@@ -50,7 +50,5 @@ def puppet(monkeypatch):
     monkeypatch.setattr(
         registry, "load", lambda room, kind: module if (room, kind) == ("attacks", "puppet") else load(room, kind)
     )
-    monkeypatch.setattr(
-        registry, "kinds", lambda room: (*kinds(room), "puppet") if room == "attacks" else kinds(room)
-    )
+    monkeypatch.setattr(registry, "kinds", lambda room: (*kinds(room), "puppet") if room == "attacks" else kinds(room))
     return module

@@ -1,9 +1,9 @@
 """Runs in processes of their own, to be killed. A script, because forks belong in a process that holds nothing else.
 
-    python processes.py forks FOLDER          FOLDER/whole: a run without a kill
-                                              FOLDER/kills: 20 kills at seeded moments, then the run to its end
-                                              FOLDER/workers: two ranks, one of them killed, then one process to the end
-    torchrun ... processes.py run FOLDER      the run, on as many ranks as there are
+python processes.py forks FOLDER          FOLDER/whole: a run without a kill
+                                          FOLDER/kills: 20 kills at seeded moments, then the run to its end
+                                          FOLDER/workers: two ranks, one of them killed, then one process to the end
+torchrun ... processes.py run FOLDER      the run, on as many ranks as there are
 """
 
 from __future__ import annotations
