@@ -16,7 +16,7 @@ def supported(owner: nn.Module, name: str) -> bool:
     if name not in ("weight", "bias"):
         return False
     if _is_rms_norm(owner):
-        return owner.weight.ndim == 1
+        return owner.get_parameter("weight").ndim == 1
     # A subclass with a forward of its own is another layer: OPT adds 2 to its position ids, BART scales its words.
     kind = next((kind for kind in _KINDS if isinstance(owner, kind)), None)
     if kind is None or type(owner).forward is not kind.forward:
@@ -62,9 +62,11 @@ def left_right(owner: nn.Module, name: str, x: Tensor, delta: Tensor) -> tuple[T
         unit = F.batch_norm(x, owner.running_mean, owner.running_var, eps=owner.eps)
         return _elementwise(unit.flatten(2).transpose(1, 2) * rows)
     if isinstance(owner, nn.Conv2d):
-        same = isinstance(owner.padding, str)
-        x = F.pad(x, owner._reversed_padding_repeated_twice) if same else x
-        padding = 0 if same else owner.padding
+        padding: int | tuple[int, ...] = 0
+        if isinstance(owner.padding, str):
+            x = F.pad(x, owner._reversed_padding_repeated_twice)
+        else:
+            padding = owner.padding
         patches = F.unfold(x, owner.kernel_size, owner.dilation, padding, owner.stride)
         return rows, patches.transpose(1, 2)
     inputs = x.reshape(x.shape[0], -1, x.shape[-1])

@@ -69,9 +69,10 @@ def matcher(tree: Tree, word: str, entry: bool) -> Callable[[str], bool]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "possible nested set": a remark for programmers, not for recipes
-            return lambda name, pattern=re.compile(word): pattern.fullmatch(name) is not None
+            regex = re.compile(word)
     except re.error as error:
         raise SelectionError(f"target_modules: '{word}' is not a regular expression: {error}") from None
+    return lambda name: regex.fullmatch(name) is not None
 
 
 def nearest(tree: Tree, word: str, entry: bool) -> str:

@@ -72,7 +72,7 @@ class Tree:
         self.components: dict[str, tuple[str, ...]] = dict(getattr(family, "COMPONENTS", None) or {})
         # A module that is used in two places keeps both names, so that the second can be told to be tied.
         self.modules = dict(module.named_modules(remove_duplicate=False))
-        self.slots = {name: [] for name in self.modules}
+        self.slots: dict[str, list[Slot]] = {name: [] for name in self.modules}
         owners: dict[int, str] = {}
         # A model with nothing trainable was frozen by its holder, not by fine-tuning: then all of it counts.
         any_trainable = any(p.requires_grad for p in module.parameters())

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lmleak.errors import LmleakError, did_you_mean
 from lmleak.records import Entry, Observation
@@ -120,7 +120,7 @@ def _facts(path: Path) -> dict[str, Any]:
             wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in _TYPES[key])
             raise LmleakError(f"{path}: {key}: {value!r} is not a {wanted}")
         if value not in _CHOICES.get(key, (value,)):
-            hint = did_you_mean(value, _CHOICES[key])
+            hint = did_you_mean(str(value), _CHOICES[key])
             raise LmleakError(f"{path}: {key}: '{value}' is not one of {', '.join(_CHOICES[key])}{hint}")
     if facts["batch_size"] < 1:
         raise LmleakError(f"{path}: batch_size: {facts['batch_size']} is not 1 or more")
@@ -141,7 +141,7 @@ def _entry(path: Path, place: int, row: Any) -> Entry:
     return Entry(**dict(row) | {"shape": tuple(shape), "part": None if part is None else tuple(part)})
 
 
-def _sizes(value: Any) -> bool:
+def _sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
 
 

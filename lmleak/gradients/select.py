@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from lmleak.records import Victim
 
 
-
 def select(
     victim: Victim | tuple[torch.nn.Module, ModuleType],
     *,
@@ -200,7 +199,8 @@ def _narrow(
 
 def _exclude(tree: Tree, chosen: dict[str, Pick], exclude: str | Sequence[str]) -> None:
     entry = not isinstance(exclude, str)
-    for word in exclude if entry else [exclude]:
+    words = [exclude] if isinstance(exclude, str) else exclude
+    for word in words:
         roots = [name for name in tree.modules if name and _patterns.matcher(tree, word, entry)(name)]
         if not roots:
             raise SelectionError(f"exclude_modules: '{word}' matches no module{_patterns.nearest(tree, word, entry)}")
