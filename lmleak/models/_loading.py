@@ -134,7 +134,7 @@ def _random(config: Config, seed: int, family: ModuleType, kind: str) -> tuple[A
             "or use the built-in byte-level one: tokenizer: bytes"
         )
     tokenizer = tokenizer_for(config.tokenizer, fallback=family.TOKENIZER, causal=family.CAUSAL)
-    implied = {"vocab_size": len(tokenizer)}
+    implied: dict[str, Any] = {"vocab_size": len(tokenizer)}
     implied |= {name: getattr(tokenizer, name, None) for name in _SPECIAL_IDS}
     settings = _random_settings(config, family, kind, implied)
     with _own_generator(seed):

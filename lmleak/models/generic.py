@@ -46,19 +46,19 @@ def adapt(module: Any) -> ModuleType:
     lists = [
         (len(part), -name.count("."), name) for part, name in names.items() if isinstance(part, torch.nn.ModuleList)
     ]
-    family = ModuleType(__name__, __doc__)
-    family.__dict__.update(vars(sys.modules[__name__]))
-    family.BLOCK = rf"{re.escape(max(lists)[2])}\.(\d+)" if lists else None
-    family.COMPONENTS = {}
+    components: dict[str, tuple[str, ...]] = {}
     embedding = module.get_input_embeddings()
     if embedding in names:
-        family.COMPONENTS["embedding"] = (re.escape(names[embedding]),)
+        components["embedding"] = (re.escape(names[embedding]),)
     head = _head(module)
     if head in names:
-        family.COMPONENTS["head"] = (re.escape(names[head]),)
+        components["head"] = (re.escape(names[head]),)
     # BERT-like types also have a causal class; those that have no masked one read from left to right.
     kind = module.config.model_type
-    family.CAUSAL = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    block = rf"{re.escape(max(lists)[2])}\.(\d+)" if lists else None
+    family = ModuleType(__name__, __doc__)
+    family.__dict__.update(vars(sys.modules[__name__]), BLOCK=block, COMPONENTS=components, CAUSAL=causal)
     return family
 
 
