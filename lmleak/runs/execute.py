@@ -112,7 +112,7 @@ def _open(
         facts = folders.read_facts(place)
         if fresh and facts is not None:
             raise RunError(f"{place}: --fresh deletes nothing; name a new folder by --run-dir, or delete this one")
-    if facts is None:
+    if place is None or facts is None:
         facts = {"format": 1, "name": recipe.name, "recipe": recipe.id, **_describe(points, bench)}
         place = place or folders.create(recipe, root)
         place.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lmleak.config import Cell
@@ -135,13 +136,13 @@ def check(cells: Sequence[Cell], bench: Workbench) -> tuple[list[int], list[Sele
     order = {key: -place for place, key in enumerate(dict.fromkeys(map(model_key, cells)))}
     for place in sorted(range(len(cells)), key=lambda place: order[model_key(cells[place])]):
         cell = cells[place]
-        if _fault(faults, cell, "model", lambda cell=cell: bench.victim(cell)) is None:
+        if _fault(faults, cell, "model", partial(bench.victim, cell)) is None:
             continue
-        found = _fault(faults, cell, "data", lambda cell=cell: bench.batches(cell))
+        found = _fault(faults, cell, "data", partial(bench.batches, cell))
         counts[place] = len(found or ())
-        selections[place] = _fault(faults, cell, "select", lambda cell=cell: bench.selection(cell))
+        selections[place] = _fault(faults, cell, "select", partial(bench.selection, cell))
     for metrics in {json.dumps(cell.recipe.metrics): cell for cell in cells}.values():
-        _fault(faults, metrics, "metrics", lambda cell=metrics: _metrics(cell))
+        _fault(faults, metrics, "metrics", partial(_metrics, metrics))
     if faults:
         kinds = {type(error) for error in faults.values()}
         kind = kinds.pop() if len(kinds) == 1 else RecipeError
