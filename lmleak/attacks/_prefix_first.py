@@ -10,14 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lmleak.models._input import InputLayer
+
 CHUNK = 8192
 
 
-def first_token(layer: object, packed: nn.Module, heads: int, second: int, delta: Tensor) -> tuple[int, float, float]:
+def first_token(
+    layer: InputLayer, packed: nn.Module, heads: int, second: int, delta: Tensor
+) -> tuple[int, float, float]:
     """The first token of a sentence.
 
     Args:
-        layer: the family's `InputLayer`.
+        layer: what the family's layer 0 reads.
         packed: the linear map to query, key and value, side by side.
         heads: attention heads.
         second: the second token.

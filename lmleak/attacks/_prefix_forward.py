@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Candidates a row of the sequence axis: attention among them is wasted work, 2 % of a block's at 128 and width 768.
 SIDE = 128
@@ -42,11 +45,13 @@ class _Shared(DynamicCache):
         self.length = len(prefixes[0].tokens) if prefixes else 0
         self.new: Cache = {}
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.new[layer_idx] = (key, value)
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.new[layer_idx] = (key_states, value_states)
         if not self.length:
-            return key, value
-        return self._join(key, layer_idx, 0), self._join(value, layer_idx, 1)
+            return key_states, value_states
+        return self._join(key_states, layer_idx, 0), self._join(value_states, layer_idx, 1)
 
     def _join(self, new: Tensor, layer: int, which: int) -> Tensor:
         old = torch.cat([p.cache[layer][which].expand(self.rows, -1, -1, -1) for p in self.prefixes])
@@ -59,7 +64,7 @@ class _Shared(DynamicCache):
 class Reader:
     """Runs the victim's body up to one module. Use inside `frozen` and `no_grad`; counts the tokens it evaluates."""
 
-    def __init__(self, module: nn.Module, name: str):
+    def __init__(self, module: PreTrainedModel, name: str):
         self.body = module.base_model
         self.target = module.get_submodule(name)
         self.evaluated = 0
@@ -82,13 +87,12 @@ class Reader:
     def extend(self, prefix: Prefix, token: int) -> Prefix:
         """The prefix with one more token."""
         _, new = self._run([prefix], 1, torch.tensor([[token]], device=self.device))
-        cache = {
-            layer: tuple(torch.cat([old, fresh], 2) for old, fresh in zip(prefix.cache[layer], pair, strict=True))
-            if prefix.tokens
-            else pair
-            for layer, pair in new.items()
-        }
-        return Prefix((*prefix.tokens, token), cache)
+        if prefix.tokens:
+            new = {
+                layer: (torch.cat([prefix.cache[layer][0], keys], 2), torch.cat([prefix.cache[layer][1], values], 2))
+                for layer, (keys, values) in new.items()
+            }
+        return Prefix((*prefix.tokens, token), new)
 
     @property
     def device(self) -> torch.device:

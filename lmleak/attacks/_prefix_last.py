@@ -9,17 +9,26 @@ the vocabulary, and the best are compared in full.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SHORTLIST = 128  #: tokens whose whole output gradient is compared at a time
 CLEAR = 0.02  #: measured: the truth at 2e-7 to 2e-6, the nearest wrong token at 0.18 or more; only ends the search
 
 
 def last_token(
-    module: nn.Module, name: str, part: tuple[int, int] | None, tokens: Sequence[int], delta: Tensor, predicted: int
+    module: PreTrainedModel,
+    name: str,
+    part: tuple[int, int] | None,
+    tokens: Sequence[int],
+    delta: Tensor,
+    predicted: int,
 ) -> tuple[int, float, float]:
     """The token behind `tokens` that the loss at their last position was computed with.
 

@@ -69,7 +69,8 @@ class Search:
         self.progress = progress
         self.root = Node(Prefix())
         self.first = first
-        self.found, self.rows = 0, []
+        self.found = 0
+        self.rows: list[Tensor] = []
         self.latest: Guess | None = None  #: of the prefix looked at last
         eps = torch.finfo(next(reader.body.parameters()).dtype).eps
         # The gradient's own rounding turns a true row out of the space by up to the spectrum's fall (measured: 0.04 to
@@ -150,6 +151,7 @@ class Search:
     def test(self, node: Node, tokens: Tensor) -> None:
         """Runs continuations of one node and keeps those whose feature lies in the space."""
         x = self.reader.read([node.prefix], tokens[None])[0]
+        assert node.tried is not None  # `expand`, which alone calls this, made it
         node.tried[tokens] = True
         node.spent += len(tokens)
         if node.guess is None and len(tokens) >= FIRST // 2:

@@ -39,13 +39,13 @@ def site(victim: Victim, observation: Observation) -> Site | str:
     depth = Tree(victim.module, victim.family).depth
     rotary = any("rotary" in name for name, _ in victim.module.named_modules())
     usable = []
-    for (layer, stage), entries in groups.items():
+    for (layer, reads), entries in groups.items():
         if observation.task != "causal-lm" and layer == depth - 1:
             # The loss reads the last token only: behind the last attention the others carry no gradient.
             entries = [e for e in entries if e.component in ("attn_key", "attn_value", "attn_qkv")]
         if not entries:
             continue
-        usable.append((_kind(entries, rotary), layer, STAGES.index(stage), entries))
+        usable.append((_kind(entries, rotary), layer, STAGES.index(reads), entries))
     if not usable:
         return (
             "in a classifier's last block only the pooled token carries loss behind the attention: the gradient has "

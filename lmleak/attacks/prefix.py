@@ -23,7 +23,7 @@ from lmleak.attacks._prefix_search import Exhausted, Node, Search
 from lmleak.attacks._prefix_sites import Site, site
 from lmleak.attacks._rowspace import RowSpace, describe, matrix, row_space
 from lmleak.attacks._text import refuse, sentence, special_frame
-from lmleak.records import Knowledge, Observation, Reconstruction, Victim
+from lmleak.records import Knowledge, Observation, Reconstruction, Status, Victim
 
 
 class Config(BaseModel):
@@ -111,8 +111,7 @@ def _answer(
             return refuse("budget_exhausted", f"no token found in {search.reader.evaluated} candidates", details)
         return refuse("no_signal", "no token's input lies in the observed space", details)
     complete = search.found >= space.rank
-    nodes = [n for n in _all(search.root) if n.misfit is not None]
-    details["residual"] = max(n.misfit for n in nodes)
+    details["residual"] = max(n.misfit for n in _all(search.root) if n.misfit is not None)
     sentences, confidence = [], []
     why = f"{search.found} of {space.rank} rows explained after {search.reader.evaluated} candidates"
     texts, firsts = [list(leaf.prefix.tokens) for leaf in leaves], {}
@@ -127,8 +126,9 @@ def _answer(
         tokens = list(texts[i])
         margin = min(search.margin(n) for n in _path(search.root, leaf) if n.misfit is not None)
         margin = min(margin, firsts.get(i, 1.0))
-        if ends is not None and ends[i] is not None:
-            token, mismatch, second = ends[i]
+        end = None if ends is None else ends[i]
+        if end is not None:
+            token, mismatch, second = end
             # A label that fits no better than the next one is not an answer.
             margin = min(margin, 1 - mismatch / max(second, 1e-300))
             if margin > 0.5:
@@ -142,7 +142,7 @@ def _answer(
         details["missing"] = "sentences that repeat, or are the beginning of, another one leave no row of their own"
     if complete:
         return sentence(victim, sentences, confidence, details)
-    status = "budget_exhausted" if spent else "no_signal"
+    status: Status = "budget_exhausted" if spent else "no_signal"
     return sentence(victim, sentences, confidence, details, status=status, reason=why)
 
 
@@ -166,11 +166,11 @@ def _ends(
 
 def _deltas(victim: Victim, observation: Observation, where: Site, search: Search) -> tuple[list[Node], Tensor]:
     """Nodes with a row, and their output gradients [rows, d_out]: the gradient is their deltas^T rows."""
-    nodes = [n for n in _all(search.root) if n.row is not None]
-    rows = torch.stack([n.row for n in nodes])
+    found = [(n, n.row) for n in _all(search.root) if n.row is not None]
+    rows = torch.stack([row for _, row in found])
     entry = where.entries[0]
     gradient = matrix(victim.module, entry, observation.gradients[entry.name]).double()
-    return nodes, (gradient @ torch.linalg.pinv(rows)).T
+    return [n for n, _ in found], (gradient @ torch.linalg.pinv(rows)).T
 
 
 def _first(
