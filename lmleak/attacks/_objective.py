@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lmleak.gradients.factors import Factor, capture, inner, low_rank, squared_norms
+from lmleak.gradients.factors import Factor, LowRank, capture, inner, low_rank, squared_norms
 from lmleak.gradients.losses import forward, sample_losses
 from lmleak.records import Entry, Observation, Victim
 
@@ -74,8 +74,11 @@ class Objective:
         # Not `norm()`: in float32 on a CPU it is off by 1e-4 on a 3072 x 768 tensor, this by 1e-7.
         self.norms = {name: target.square().sum().sqrt() for name, target in self.targets.items()}
         # As many outer products as there are tokens: what a clean gradient is made of.
-        thin = {name: low_rank(target, layout.batch * layout.width) for name, target in self.targets.items()}
-        self.projections = {name: target if thin[name] is None else thin[name] for name, target in self.targets.items()}
+        tokens = layout.batch * layout.width
+        self.projections: dict[str, Tensor | LowRank] = {
+            name: target if (thin := low_rank(target, tokens)) is None else thin
+            for name, target in self.targets.items()
+        }
         self.mask = layout.mask(table.weight.device)
 
     def _reachable(self, entry: Entry, table: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -57,7 +58,7 @@ def attack(
         return refuse(
             "no_signal", f"present and absent words do not part (largest step {step:.2f}): noise, or tied weights"
         )
-    details = {"words": len(present), "step": min(step, 1e18)}
+    details: dict[str, Any] = {"words": len(present), "step": min(step, 1e18)}
     confidence = 1.0 - 1.0 / step
     if places is not None and observation.batch_size == 1:
         order = _order(words, places, present)
