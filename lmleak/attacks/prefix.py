@@ -40,6 +40,10 @@ class Config(BaseModel):
 #: The easy case of the contract test.
 EXAMPLE = {
     "fields": {},
+    "model": {
+        "kind": "gpt2",
+        "config": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "initializer_range": 0.1},
+    },
     "select": {"components": ["ffn_in"], "layers": [1]},
     "knowledge": {},
     "batch_size": 1,

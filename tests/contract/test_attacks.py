@@ -168,7 +168,8 @@ def test_refuses_what_holds_nothing(kind, granted):
     assert refused(run(kind, victim, zero, known))
     assert refused(run(kind, victim, replace(seen, gradients={}, entries=()), known))
     if not granted:
-        bias = observe(victim, batch, select(victim, target_modules=["pooler.dense"], parameters="bias"))
+        # One norm's bias: no row space, no embedding, no rank.
+        bias = observe(victim, batch, select(victim, components=["norm"], layers=[-1], parameters="bias"))
         assert refused(run(kind, victim, bias, known))
 
 
