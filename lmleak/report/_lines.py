@@ -110,9 +110,13 @@ def print_table(lines: Sequence[Mapping[str, Any]], file: IO[str] | None = None)
         row += [_words.cpu(cpu), _words.share((line.get("select") or {}).get("share"))]
         table.add_row(*(Text(_words.visible(value)) for value in row))
     console.print(table)
+    reasons: dict[tuple[str, str], list[str]] = {}
     for line in lines:
         if line["status"] != "ok" and line.get("reason"):
-            console.print(Text(_words.visible(f"{line['status']}: {line['cell']}: {line['reason']}")[:500]))
+            reasons.setdefault((str(line["status"]), str(line["reason"])), []).append(str(line["cell"]))
+    for (status, reason), where in reasons.items():
+        which = where[0] if len(where) == 1 else f"{len(where)} cells"
+        console.print(Text(_words.visible(f"{status}: {which}: {reason}")[:500]))
 
 
 def _any(lines: Sequence[Mapping[str, Any]], metric: str) -> bool:
