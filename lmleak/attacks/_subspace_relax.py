@@ -64,6 +64,7 @@ def relax(
     done: Callable[[Tensor], bool],
     hint: Tensor | None = None,
     trust: Tensor | None = None,
+    prior: Tensor | None = None,
 ) -> Pool:
     """Descends from random distributions over `words` [v].
 
@@ -71,6 +72,7 @@ def relax(
         done: told every tenth step of the second half which sentences [k, n] the restarts stand at; true ends it.
         hint: [free] tokens that half of the restarts begin with, where drawn below
         trust: [free] probabilities of keeping each.
+        prior: [free, v] log-probabilities to begin with, where something is known; -inf keeps a word out.
     """
     table = energy.table
     k = schedule.restarts
@@ -84,6 +86,8 @@ def relax(
         where = (words[None] == hint[:, None]).float()  # [free, v]
         # As likely as all other words together, twice over.
         logits = logits + kept[..., None] * where * (math.log(len(words)) + 1.5)
+    if prior is not None:
+        logits = logits + prior.clamp_min(-1e4)  # finite: the mean slope over the words is taken
     # Easy modules (queries) are slowed by a ridge, hard ones (attention outputs, deep) never found without.
     ridges = schedule.floor * (schedule.ridge / schedule.floor) ** torch.linspace(1, 0, k).to(table)
     for step in range(schedule.steps):

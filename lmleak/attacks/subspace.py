@@ -19,10 +19,11 @@ from torch import Tensor
 from lmleak.attacks import span
 from lmleak.attacks._discrete import Search
 from lmleak.attacks._energy import Energy, Site, site
-from lmleak.attacks._rowspace import weights
+from lmleak.attacks._rowspace import describe, known_input, matrix, weights
+from lmleak.attacks._subspace_batch import BatchSearch, Deflated, admitted, batch_site, batch_space
 from lmleak.attacks._subspace_relax import Pool, Schedule, relax
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
-from lmleak.records import Knowledge, Observation, Reconstruction, Victim
+from lmleak.records import Entry, Knowledge, Observation, Reconstruction, Victim
 
 Positive = Annotated[int, Field(gt=0)]
 Number = Annotated[float, Field(gt=0)]
@@ -59,16 +60,19 @@ def attack(
     generator: torch.Generator,
     progress: Callable[[str], None],
 ) -> Reconstruction:
-    """Finds the one sentence whose inputs at the observed modules fill the spaces that their gradients show."""
+    """Finds the sentences whose inputs at the observed modules fill the spaces that their gradients show.
+
+    One from any module; several from layer 0's query, key or value together with a deeper module.
+    """
     if getattr(victim.family, "CAUSAL", True):
         return refuse("not_applicable", "the model is causal: prefix reads it token by token, and faster")
     if observation.mode == "train" and span._dropout(victim):
         return refuse("not_applicable", "dropout is on in the client: the row space is that of dropped-out inputs")
-    if observation.batch_size != 1:
-        return refuse("not_applicable", "searches for one sentence; the gradient sums over several")
     entries = weights(observation, component=COMPONENTS)
     if not entries:
         return refuse("not_applicable", f"needs the weight gradient of one of {', '.join(COMPONENTS)}")
+    if observation.batch_size != 1:
+        return _batch(config, observation, knowledge, victim, entries, generator, progress)
     sites = [site(victim, observation, e) for e in entries]
     if all(s.space.spectrum.numel() == 0 or s.space.spectrum[0] == 0 for s in sites):
         return refuse("no_signal", "every observed gradient is zero")
@@ -90,6 +94,65 @@ def attack(
         if read is not None:
             return read
         return _Attack(config, energy, victim, frame, length, generator, progress).run(details)
+
+
+def _batch(
+    config: Config,
+    observation: Observation,
+    knowledge: Knowledge,
+    victim: Victim,
+    entries: tuple[Entry, ...],
+    generator: torch.Generator,
+    progress: Callable[[str], None],
+) -> Reconstruction:
+    """Several sentences: the words from layer 0, the sentences from the deeper modules."""
+    readers = [e for e in entries if e.layer == 0 and e.component in span.READERS]
+    layers = victim.module.config.num_hidden_layers
+    deeper = [e for e in entries if e not in readers and e.layer != layers - 1]
+    layer = known_input(victim)
+    frame = special_frame(victim, knowledge)
+    if not readers or not deeper or layer is None or layer.position is None or not frame.first:
+        why = (
+            "several sentences need layer 0's query, key or value, and a module behind it that is not in the last layer"
+        )
+        return refuse("not_applicable", why)
+    sites = [batch_site(victim, observation, e) for e in deeper]
+    clear = [s for s in sites if s.space.rank]
+    space = batch_space([matrix(victim.module, e, observation.gradients[e.name]) for e in readers])
+    if not clear or not space.rank:
+        gap = min([s.space.gap for s in sites] + [space.gap])
+        return refuse("no_signal", f"no spectrum falls to rounding (largest step {gap:.1f}): noise", {"gap": gap})
+    total = max(s.space.rank for s in clear)
+    places = admitted(victim, readers, space, frame, generator)
+    if not places.lengths:
+        return refuse(
+            "no_signal", "layer 0's row space admits no word: the gradient is of another model", describe(space)
+        )
+    energy = Deflated(victim, [s for s in clear if s.space.rank == total])
+    schedule = Schedule(config.steps, config.restarts, config.rate, config.ridge, 0.1 * config.ridge)
+    show = lambda tokens: progress(victim.processor.decode(list(tokens), skip_special_tokens=True))  # noqa: E731
+    with energy.attached():
+        effort = (schedule, RIDGE, config.shortlist, config.budget * observation.batch_size)
+        search = BatchSearch(energy, frame, places, observation.batch_size, *effort, generator, show)
+        search.run()
+    details = {
+        "rank": total,
+        "gap": round(min(s.space.gap for s in clear), 3),
+        "rank_layer_0": space.rank,
+        "words": len(places.words),
+        "found": len(search.found),
+        "left": energy.left,
+        "rounds": search.rounds,
+        "evaluations": energy.evaluations,
+    }
+    confidence = [1.0 - 0.5 * verdict for verdict in search.found.values()]
+    if not search.missing:
+        return sentence(victim, list(search.found), confidence, details)
+    why = f"found {len(search.found)} of {observation.batch_size} sentences; {energy.left} inputs are left unexplained"
+    doubtful = search.doubtful()
+    confidence += [0.1] * len(doubtful)
+    answers = [*search.found, *doubtful]
+    return sentence(victim, answers, confidence, details, status="budget_exhausted", reason=why)
 
 
 def _read(

@@ -9,6 +9,8 @@ import torch
 
 from lmleak import attack, load_batches, observe, select
 from lmleak.attacks._energy import Energy, site
+from lmleak.attacks._subspace_batch import admitted, batch_site, batch_space
+from lmleak.attacks._text import special_frame
 from lmleak.records import Knowledge
 
 
@@ -76,12 +78,56 @@ def test_granted_length_that_the_rank_denies_is_refused(minilm):
     assert str(length) in result.reason
 
 
-def test_refuses_noise_and_batches(minilm):
+def test_refuses_noise_and_a_batch_without_layer_0(minilm):
     seen, _ = seen_at(minilm, "attn_query", 1)
     draw = torch.Generator().manual_seed(0)
     noise = {name: torch.randn(g.shape, generator=draw) for name, g in seen.gradients.items()}
     assert attack(replace(seen, gradients=noise), minilm, "subspace").status == "no_signal"
     assert attack(replace(seen, batch_size=2), minilm, "subspace").status == "not_applicable"
+
+
+@pytest.fixture(scope="module")
+def pair(minilm):
+    batch = load_batches(minilm, "sample", max_tokens=9, batch_size=2, limit=2)[0]
+    return observe(minilm, batch, select(minilm, components="attn_query", layers=[0, 1], parameters="weight")), batch
+
+
+def test_reads_two_sentences_off_layers_0_and_1(minilm, pair):
+    seen, batch = pair
+    result = attack(seen, minilm, "subspace")
+    assert result.status == "ok", result.reason
+    assert sorted(result.tokens) == sorted(batch.reference.tokens)
+    assert min(result.confidence) > 0.9
+
+
+def test_two_sentences_not_found_are_doubtful(minilm, pair):
+    seen, _ = pair
+    result = attack(seen, minilm, "subspace", steps=1, budget=1)
+    assert result.status == "budget_exhausted"
+    assert max(result.confidence, default=0.0) < 0.5
+
+
+def test_two_sentences_of_another_model_are_no_answer(minilm, pair):
+    seen, _ = pair
+    order = torch.randperm(384, generator=torch.Generator().manual_seed(0))
+    wrong = {name: g[:, order] for name, g in seen.gradients.items()}
+    result = attack(replace(seen, gradients=wrong), minilm, "subspace", steps=10, budget=200)
+    assert result.status != "ok"
+    assert max(result.confidence, default=0.0) < 0.5
+
+
+def test_layer_0_admits_every_true_pair(minilm, pair):
+    seen, batch = pair
+    reader, deeper = seen.entries
+    space = batch_space([seen.gradients[reader.name]])
+    frame = special_frame(minilm, Knowledge())
+    places = admitted(minilm, [reader], space, frame, torch.Generator().manual_seed(0))
+    lengths = batch.inputs["attention_mask"].sum(1).tolist()
+    assert set(lengths) <= set(places.lengths)
+    assert batch_site(minilm, seen, deeper).space.rank == sum(lengths)
+    words = places.words.tolist()
+    for row in batch.reference.tokens:
+        assert all(places.allowed[place, words.index(token)] for place, token in enumerate(row))
 
 
 def test_a_ridge_for_every_sentence_is_that_sentence_s_own(minilm):
