@@ -215,8 +215,8 @@ class BatchSearch:
         """Ranks the pairs that layer 0 admits by the least a deeper module shows of them outside its space.
 
         Sentences are drawn, each pair remembers its best, and the next are drawn from the better pairs: a true pair
-        needs few true neighbours to lie near the space. Rotten Tomatoes, 4 sentences, drawn at their lengths, 43 admitted words a position:
-        half of the true pairs are among the best two, 7 of 10 among the best four.
+        needs few true neighbours to lie near the space. Rotten Tomatoes, 4 sentences, drawn at their lengths, 43
+        admitted words a position: half of the true pairs are among the best two, 7 of 10 among the best four.
         """
         energy, words, start = self.energy, self.places.words, len(self.frame.first)
         least = torch.full_like(self.prior, math.inf)
