@@ -105,15 +105,15 @@ def _read(
         pair = (kept.values, tokens[kept.indices])
         if best is not None:
             values, which = torch.cat([best[0], pair[0]], 1), torch.cat([best[1], pair[1]], 1)
-            order = values.topk(min(shortlist, values.shape[1]), largest=False)
-            pair = (order.values, which.gather(1, order.indices))
+            lowest = values.topk(min(shortlist, values.shape[1]), largest=False)
+            pair = (lowest.values, which.gather(1, lowest.indices))
         best = pair
     assert best is not None
     rows = layer.rows(best[1], positions[:, None], dtype=torch.float64)  # [p, shortlist, d]
     residuals = space.residual(rows if origin is None else rows - origin)
     if origin is not None:
         # The anchor itself is the zero difference: a known token, not a finding.
-        residuals = torch.where((rows - origin).norm(dim=-1) < 1e-6 * origin.norm(), torch.ones(()), residuals)
+        residuals = torch.where((rows - origin).norm(dim=-1) < 1e-6 * origin.norm(), 1.0, residuals)
     order = residuals.sort(1)
     return [
         list(zip(tokens, values, strict=True))
