@@ -101,10 +101,17 @@ class Objective:
             "position_ids": self._positions(s).expand(k * b, -1),
         }
         with capture(module, self.entries) as tape:
-            logits = forward(module, inputs)
-            losses = self._losses(logits, labels.flatten(0, 1))
+            losses = self._losses(self._logits(module, inputs), labels.flatten(0, 1))
         factors = tape.factors(losses, create_graph=create_graph)
         return self._distance({name: [use.grouped(b) for use in uses] for name, uses in factors.items()})
+
+    def _logits(self, module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        if self.victim.task != "sequence-classification" or not self.victim.family.CAUSAL:
+            return forward(module, inputs)
+        # transformers finds a causal classifier's last token by its pad id, which embeddings do not have.
+        places = self.mask.sum(1).repeat(len(inputs["attention_mask"]) // self.layout.batch) - 1
+        hidden = self.victim.module.base_model(**inputs, use_cache=False).last_hidden_state
+        return self.victim.module.score(hidden[torch.arange(len(hidden), device=hidden.device), places])
 
     def _positions(self, s: int) -> Tensor:
         first = getattr(self.victim.family, "first_position", None)

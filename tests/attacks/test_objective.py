@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -66,10 +68,16 @@ def loop(victim, observation, embeds, labels, lengths, kind, alpha=0.01):
     s = max(lengths)
     places = torch.arange(s).expand(len(lengths), -1) + (first(module) if first else 0)
     mask = (torch.arange(s) < torch.tensor(lengths)[:, None]).long()
+    rows = list(enumerate(lengths))
     values, moves = [], []
     for row, label in zip(embeds, labels, strict=True):
         x = row.detach().clone().requires_grad_()
-        logits = module(inputs_embeds=x, attention_mask=mask, position_ids=places).logits
+        if victim.task == "sequence-classification":
+            # Each sentence by itself, without padding: what the client's model sees of it.
+            parts = [module(inputs_embeds=x[i : i + 1, :n], position_ids=places[i : i + 1, :n]) for i, n in rows]
+            logits = torch.cat([part.logits for part in parts])
+        else:
+            logits = module(inputs_embeds=x, attention_mask=mask, position_ids=places).logits
         loss = sample_losses(logits, label, victim.task, observation.reduction).sum()
         grads = torch.autograd.grad(
             loss, list(parameters.values()), create_graph=True, allow_unused=True, materialize_grads=True
@@ -150,6 +158,17 @@ def test_the_truth_scores_best(make, kind, lengths):
     # A key's bias has no gradient and so no angle: its share of the cosine's mean is all that is left.
     assert scores.argmin() == 0
     assert float(scores[0]) < (1e-9 if kind != "cosine" else 1.01 / len(objective.entries))
+
+
+def test_a_causal_classifier_reads_each_sentence_s_own_last_token(make):
+    victim = make("gpt2 classifier")
+    batch = batch_of(victim, (6, 3))
+    ids = batch.inputs["input_ids"].masked_fill(batch.inputs["attention_mask"] == 0, victim.processor.pad_token_id)
+    batch = replace(batch, inputs={**batch.inputs, "input_ids": ids})
+    objective = Objective(victim, observe(victim, batch, select(victim, layers=0)), Layout((6, 3)), "euclidean")
+    true = victim.module.get_input_embeddings().weight.detach()[ids]
+    scores = objective.scored(torch.stack([true, true.roll(1, 1)]), batch.labels.expand(2, -1))
+    assert float(scores[0]) < 1e-9 < float(scores[1])
 
 
 def test_scores_do_not_depend_on_the_chunks(make, monkeypatch):
