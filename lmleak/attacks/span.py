@@ -46,7 +46,9 @@ def attack(
     """Reads the tokens of layer 0's inputs off the row space of its query, key or value gradient.
 
     Works on encoders and decoders whose layer 0 reads norm(word + position). With one sample the sentence comes with
-    its order; with more, every position's tokens are exact and which sentence they belong to is not decided here.
+    its order. With more, which sentence a token belongs to is not decided here; and where words repeat at different
+    positions of different sentences, mixtures of words and positions lie in the space too, more pairs than its rank,
+    so that nothing stands out and the answer is no_signal (Rotten Tomatoes, 8 sentences: 6,020 pairs at rank 181).
     """
     layer = known_input(victim)
     if layer is None:
