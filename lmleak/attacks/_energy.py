@@ -109,7 +109,7 @@ class Energy:
 
     def __call__(self, embeds: Tensor, ridge: float | Tensor) -> tuple[Tensor, Tensor]:
         """Energy [k] and its residual part by position [k, n]; ridge is one number, or one for every sentence [k]."""
-        total = residuals = 0
+        total, residuals = embeds.new_zeros(len(embeds)), embeds.new_zeros(embeds.shape[:2])
         if isinstance(ridge, Tensor):
             ridge = ridge[:, None, None]
         for one, x in zip(self.sites, self.inputs(embeds), strict=True):

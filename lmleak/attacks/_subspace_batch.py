@@ -66,7 +66,7 @@ class Deflated(Energy):
         self._rest = [one.basis for one in self.sites]
 
     def __call__(self, embeds: Tensor, ridge: float | Tensor) -> tuple[Tensor, Tensor]:
-        total = residuals = 0
+        total, residuals = embeds.new_zeros(len(embeds)), embeds.new_zeros(embeds.shape[:2])
         if isinstance(ridge, Tensor):
             ridge = ridge[:, None, None]
         for one, rest, x in zip(self.sites, self._rest, self.inputs(embeds), strict=True):
