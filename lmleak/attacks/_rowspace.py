@@ -89,6 +89,11 @@ def _spectrum(stacked: Tensor) -> tuple[Tensor, Tensor]:
     return values, right
 
 
+def dropped_out(victim: Victim, observation: Observation) -> bool:
+    """Whether the client trained with dropout on: the row space is then that of inputs nobody can compute."""
+    return observation.mode == "train" and any(isinstance(m, nn.Dropout) and m.p > 0 for m in victim.module.modules())
+
+
 def known_input(victim: Victim) -> InputLayer | None:
     """What layer 0's query, key and value read, where the family's file knows it in closed form."""
     try:

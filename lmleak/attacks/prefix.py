@@ -21,7 +21,7 @@ from lmleak.attacks._prefix_forward import Reader
 from lmleak.attacks._prefix_last import last_token
 from lmleak.attacks._prefix_search import Exhausted, Node, Search
 from lmleak.attacks._prefix_sites import Site, site
-from lmleak.attacks._rowspace import RowSpace, describe, matrix, row_space
+from lmleak.attacks._rowspace import RowSpace, describe, dropped_out, matrix, row_space
 from lmleak.attacks._text import refuse, sentence, special_frame
 from lmleak.records import Knowledge, Observation, Reconstruction, Status, Victim
 
@@ -65,8 +65,7 @@ def attack(
     """
     if not getattr(victim.family, "CAUSAL", False):
         return refuse("not_applicable", f"'{victim.kind}' reads both ways: no prefix can be tested without the rest")
-    dropped = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in victim.module.modules())
-    if observation.mode == "train" and dropped:
+    if dropped_out(victim, observation):
         return refuse("not_applicable", "dropout is on in the client: the row space is that of dropped-out inputs")
     where = site(victim, observation)
     if isinstance(where, str):

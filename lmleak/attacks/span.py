@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from lmleak.attacks._rowspace import RowSpace, describe, known_input, matrix, row_space, weights
+from lmleak.attacks._rowspace import RowSpace, describe, dropped_out, known_input, matrix, row_space, weights
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
 from lmleak.models._input import InputLayer
 from lmleak.records import Knowledge, Observation, Reconstruction, Victim
@@ -53,7 +53,7 @@ def attack(
     layer = known_input(victim)
     if layer is None:
         return refuse("not_applicable", f"the input of layer 0 is not known in closed form for family '{victim.kind}'")
-    if observation.mode == "train" and _dropout(victim):
+    if dropped_out(victim, observation):
         return refuse("not_applicable", "dropout is on in the client: the row space is that of dropped-out inputs")
     entries = [e for e in weights(observation, layer=0) if e.component in READERS]
     if not entries:
@@ -203,7 +203,3 @@ def screen(layer: InputLayer, tokens: Tensor, positions: Tensor, outside: Tensor
     constant = (outside @ layer.bias.float() if layer.bias is not None else 0.0) - shift
     constant = constant[:, None, None] if isinstance(constant, Tensor) and constant.dim() else constant
     return (product * scale + constant).pow(2).sum(0).reshape(-1, len(tokens))
-
-
-def _dropout(victim: Victim) -> bool:
-    return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in victim.module.modules())

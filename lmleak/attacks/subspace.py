@@ -19,7 +19,7 @@ from torch import Tensor
 from lmleak.attacks import span
 from lmleak.attacks._discrete import Search
 from lmleak.attacks._energy import Energy, Site, site
-from lmleak.attacks._rowspace import describe, known_input, matrix, weights
+from lmleak.attacks._rowspace import describe, dropped_out, known_input, matrix, weights
 from lmleak.attacks._subspace_batch import BatchSearch, Deflated, admitted, batch_site, batch_space
 from lmleak.attacks._subspace_relax import Pool, Schedule, relax
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
@@ -66,7 +66,7 @@ def attack(
     """
     if getattr(victim.family, "CAUSAL", True):
         return refuse("not_applicable", "the model is causal: prefix reads it token by token, and faster")
-    if observation.mode == "train" and span._dropout(victim):
+    if dropped_out(victim, observation):
         return refuse("not_applicable", "dropout is on in the client: the row space is that of dropped-out inputs")
     entries = weights(observation, component=COMPONENTS)
     if not entries:
