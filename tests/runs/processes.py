@@ -34,20 +34,30 @@ RECIPE = {
 }
 
 
+PACE = 0.1  #: seconds between the units of a run that is to be killed
+
+
 def one(folder: Path) -> None:
     from lmleak.runs import run
 
     run(RECIPE, run_dir=folder, quiet=True)
 
 
-def forked(folder: Path, **environment: str) -> int:
-    """Starts `one` in a fork, so that 20 starts import torch once."""
+def forked(folder: Path, pace: float = 0.0, **environment: str) -> int:
+    """Starts `one` in a fork, so that 20 starts import torch once.
+
+    A unit takes 5 ms on an idle machine: with a pause of `pace` seconds before each, a kill meets a run, not its end.
+    """
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
         os.environ.update(environment)
+        from lmleak.runs import execute
+
+        do = execute.do
+        execute.do = lambda *args: (time.sleep(pace), do(*args))[1]
         one(folder)
         status = 0
     except SystemExit as stop:
@@ -62,7 +72,9 @@ def lines(folder: Path, rank: int = 0) -> int:
 
 
 def wait_for(count: int, folder: Path, pid: int, rank: int = 0) -> None:
-    while lines(folder, rank) < count and os.waitpid(pid, os.WNOHANG) == (0, 0):
+    # WNOWAIT leaves a child that has ended where it is: its number must not be another's when it is killed.
+    ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while lines(folder, rank) < count and os.waitid(os.P_PID, pid, ended) is None:
         time.sleep(0.001)
 
 
@@ -70,12 +82,12 @@ def kills(folder: Path) -> None:
     choice = random.Random(7)
     for _ in range(20):
         before = lines(folder)
-        pid = forked(folder)
+        pid = forked(folder, PACE)
         # Before the first unit of this start as often as after the first or the second.
         more = choice.randrange(3)
         if more:
             wait_for(before + more, folder, pid)
-        time.sleep(choice.random() * (0.02 if more else 0.3))
+        time.sleep(choice.random() * (0.02 if more else PACE))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         print("killed with", lines(folder), "done", flush=True)
@@ -93,7 +105,7 @@ def workers(folder: Path) -> None:
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "true",
     }
-    ranks = [forked(folder, **world, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    ranks = [forked(folder, PACE, **world, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
     wait_for(2, folder, ranks[1], rank=1)
     os.kill(ranks[1], signal.SIGKILL)
     os.waitpid(ranks[1], 0)
