@@ -32,6 +32,20 @@ class RowSpace:
         """Number of independent inputs that carry gradient; 0 if the spectrum has no edge."""
         return self.basis.shape[0]
 
+    @property
+    def zero(self) -> bool:
+        """Whether the gradient is zero."""
+        return not len(self.spectrum) or float(self.spectrum[0]) == 0
+
+    @property
+    def unreadable(self) -> str | None:
+        """Why nothing can be read here, or None."""
+        if self.zero:
+            return "the observed gradient is zero"
+        if not self.rank:
+            return f"its spectrum has no edge (largest step {self.gap:.1f}): noise, or as many tokens as dimensions"
+        return None
+
     def residual(self, x: Tensor) -> Tensor:
         """Share of |x| outside the space, 0..1, [...]; x [..., d] is taken in float64 (1 - |Bx|^2 would lose half)."""
         x = x.double()

@@ -71,11 +71,8 @@ def attack(
     if isinstance(where, str):
         return refuse("not_applicable", where)
     space = row_space([matrix(victim.module, e, observation.gradients[e.name]) for e in where.entries])
-    if space.spectrum.numel() == 0 or space.spectrum[0] == 0:
-        return refuse("no_signal", "the observed gradient is zero", describe(space))
-    if not space.rank:
-        why = f"its spectrum has no edge (largest step {space.gap:.1f}): noise, or as many tokens as dimensions"
-        return refuse("no_signal", why, describe(space))
+    if space.unreadable:
+        return refuse("no_signal", space.unreadable, describe(space))
     frame = special_frame(victim, knowledge)
     reader = Reader(victim.module, where.module)
     with frozen(victim.module), torch.no_grad():

@@ -62,11 +62,8 @@ def attack(
     keys_only = layer.position is not None and all(e.component == "attn_key" for e in entries)
     used = [e for e in entries if keys_only or layer.position is None or e.component != "attn_key"]
     space = row_space([matrix(victim.module, e, observation.gradients[e.name]) for e in used])
-    if space.spectrum.numel() == 0 or space.spectrum[0] == 0:
-        return refuse("no_signal", "the observed gradient is zero", describe(space))
-    if not space.rank:
-        why = f"its spectrum has no edge (largest step {space.gap:.1f}): noise, or as many tokens as dimensions"
-        return refuse("no_signal", why, describe(space))
+    if space.unreadable:
+        return refuse("no_signal", space.unreadable, describe(space))
     frame = special_frame(victim, knowledge)
     offset = 0
     origin = None

@@ -74,7 +74,7 @@ def attack(
     if observation.batch_size != 1:
         return _batch(config, observation, knowledge, victim, entries, generator, progress)
     sites = [site(victim, observation, e) for e in entries]
-    if all(s.space.spectrum.numel() == 0 or s.space.spectrum[0] == 0 for s in sites):
+    if all(s.space.zero for s in sites):
         return refuse("no_signal", "every observed gradient is zero")
     clear = [s for s in sites if s.space.rank]
     if not clear:
