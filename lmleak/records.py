@@ -126,6 +126,15 @@ class Reconstruction:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """What one measure says about one batch's release, without any attack. Known to the client's side alone."""
+
+    rows: Mapping[str, Mapping[str, float | None]]  #: observed module -> value -> number; `*` is all that is observed
+    reason: str | None = None  #: why there are no rows
+    details: Mapping[str, Any] = field(default_factory=dict)  #: JSON-serialisable: one number a token, ...
+
+
+@dataclass(frozen=True)
 class Score:
     """A metric over batches: mean with a 95 % bootstrap interval (None below two batches)."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from lmleak.defenses._mechanism import Gaussian
 from lmleak.defenses._noise import add_normal
 
 if TYPE_CHECKING:
@@ -69,6 +70,11 @@ def release(config: Config, client: ClientGradients, generator: Generator) -> di
     clipped = client.clipped_sum(config.max_grad_norm, config.clip_scope)
     std = config.noise_multiplier * config.max_grad_norm
     return {name: add_normal(tensor, std, generator) for name, tensor in clipped.items()}
+
+
+def gaussian(config: Config) -> Gaussian:
+    """Noise and clipping, as everybody may know them."""
+    return Gaussian(config.noise_multiplier * config.max_grad_norm, config.max_grad_norm, config.clip_scope)
 
 
 def privacy(config: Config, batch_size: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from lmleak.defenses._mechanism import Gaussian
 from lmleak.defenses._noise import add_normal
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ def release(config: Config, client: ClientGradients, generator: Generator) -> di
         Entry name -> tensor of the entry's shape.
     """
     return {name: add_normal(tensor, config.std, generator) for name, tensor in client.mean().items()}
+
+
+def gaussian(config: Config) -> Gaussian:
+    """The noise; nothing is clipped."""
+    return Gaussian(config.std, None, None)
 
 
 def privacy(config: Config, batch_size: int) -> None:

@@ -84,9 +84,9 @@ class ClientGradients:
         norms = self.per_sample_norms(scope)
         if scope == "per_layer":
             bound = max_grad_norm / len(self.entries) ** 0.5
-            weights = dict(zip((e.name for e in self.entries), _clip(norms, bound), strict=True))
+            weights = dict(zip((e.name for e in self.entries), clip_weights(norms, bound), strict=True))
         else:
-            weights = dict.fromkeys((e.name for e in self.entries), _clip(norms, max_grad_norm))
+            weights = dict.fromkeys((e.name for e in self.entries), clip_weights(norms, max_grad_norm))
         return self._weighted_sum(weights)
 
     def _losses(self, logits: Tensor, reduction: str) -> Tensor:
@@ -141,7 +141,7 @@ class ClientGradients:
         return {name: torch.tensordot(w, self._one_by_one[name], 1) for name, w in weights.items()}
 
 
-def _clip(norms: Tensor, bound: float) -> Tensor:
+def clip_weights(norms: Tensor, bound: float) -> Tensor:
     # 1e-6 as Opacus has it: the clipped norm stays strictly below the bound, and a zero gradient divides by no zero.
     return (bound / (norms + 1e-6)).clamp(max=1.0)
 
