@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from lmleak.attacks._moves import reorder, shuffle
-from lmleak.attacks._objective import Layout, Objective, frozen
+from lmleak.attacks._objective import Derivative, Layout, Objective, frozen
 from lmleak.attacks._prior import Prior, load_prior
 from lmleak.attacks._rowspace import known_input, matrix, row_space, weights
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
@@ -44,6 +44,8 @@ class Config(BaseModel):
     objective: Literal["cosine", "euclidean", "tag"] = "cosine"
     steps: Positive = 2000
     restarts: Positive = 1
+    #: of a step: finite_difference takes three plain gradients, for attention kernels that have no double backward
+    derivative: Derivative = "exact"
     lr: Annotated[float, Field(gt=0)] = 0.01
     lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.89  #: factor every `lr_decay_every` steps
     lr_decay_every: Positive = 50
@@ -76,8 +78,11 @@ def attack(
         ModelError: the prior cannot be loaded.
     """
     attention = getattr(victim.module.config, "_attn_implementation", "eager")
-    if attention != "eager":
-        why = f"attn_implementation '{attention}' has no double backward; set model.attn_implementation: eager"
+    if attention != "eager" and config.derivative == "exact":
+        why = (
+            f"attn_implementation '{attention}' has no double backward; set model.attn_implementation: eager or "
+            "attack.derivative: finite_difference"
+        )
         return refuse("not_applicable", why)
     frame = special_frame(victim, knowledge)
     lengths = knowledge.lengths or lengths_from_rank(victim, observation)
@@ -182,11 +187,10 @@ class _Search:
         optimizer = torch.optim.Adam([embeds], lr=config.lr)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_decay_every, config.lr_decay)
         for step in range(config.steps):
-            loss = self.objective(embeds, self._targets(embeds, labels), create_graph=True)
+            loss, slope = self.objective.slope(embeds, self._targets(embeds, labels), config.derivative)
             norms = embeds[:, ~self.fixed].norm(dim=-1).mean(-1)
-            total = loss.sum() + config.norm_weight * (norms - self.level).pow(2).sum()
-            (embeds.grad,) = torch.autograd.grad(total, [embeds])
-            embeds.grad[:, self.fixed] = 0
+            (pull,) = torch.autograd.grad((norms - self.level).pow(2).sum(), [embeds])
+            embeds.grad = (slope + config.norm_weight * pull).masked_fill_(self.fixed[..., None], 0)
             optimizer.step()
             schedule.step()
             begun = step >= config.moves_from * config.steps

@@ -15,7 +15,7 @@ def supported(owner: nn.Module, name: str) -> bool:
     """Whether the gradient of the module's parameter `name` has factors here."""
     if name not in ("weight", "bias"):
         return False
-    if _is_rms_norm(owner):
+    if is_rms_norm(owner):
         return owner.get_parameter("weight").ndim == 1
     # A subclass with a forward of its own is another layer: OPT adds 2 to its position ids, BART scales its words.
     kind = next((kind for kind in _KINDS if isinstance(owner, kind)), None)
@@ -49,15 +49,8 @@ def left_right(owner: nn.Module, name: str, x: Tensor, delta: Tensor) -> tuple[T
         if owner.padding_idx is not None:
             rows = rows * (x != owner.padding_idx).reshape(rows.shape[:2])[..., None]
         return x.reshape(x.shape[0], -1), rows
-    if isinstance(owner, nn.LayerNorm):
-        return _elementwise((F.layer_norm(x, owner.normalized_shape, eps=owner.eps) * delta).reshape(rows.shape))
-    if _is_rms_norm(owner):
-        eps = getattr(owner, "variance_epsilon", getattr(owner, "eps", 1e-6))
-        eps = torch.finfo(x.dtype).eps if eps is None else eps  # torch.nn.RMSNorm's default
-        # transformers' norms go through float32 and back in every dtype, torch's own stays in the input's.
-        wide = x if isinstance(owner, nn.RMSNorm) else x.float()
-        unit = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-        return _elementwise((unit * delta).reshape(rows.shape))
+    if isinstance(owner, nn.LayerNorm) or is_rms_norm(owner):
+        return _elementwise((normalised(owner, x) * delta).reshape(rows.shape))
     if isinstance(owner, nn.BatchNorm2d):
         unit = F.batch_norm(x, owner.running_mean, owner.running_var, eps=owner.eps)
         return _elementwise(unit.flatten(2).transpose(1, 2) * rows)
@@ -73,10 +66,22 @@ def left_right(owner: nn.Module, name: str, x: Tensor, delta: Tensor) -> tuple[T
     return (inputs, rows) if isinstance(owner, Conv1D) else (rows, inputs)
 
 
+def normalised(owner: nn.Module, x: Tensor) -> Tensor:
+    """What a LayerNorm or RMSNorm multiplies by its weight."""
+    if isinstance(owner, nn.LayerNorm):
+        return F.layer_norm(x, owner.normalized_shape, eps=owner.eps)
+    eps = getattr(owner, "variance_epsilon", getattr(owner, "eps", 1e-6))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps  # torch.nn.RMSNorm's default
+    # transformers' norms go through float32 and back in every dtype, torch's own stays in the input's.
+    wide = x if isinstance(owner, nn.RMSNorm) else x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 def _elementwise(terms: Tensor) -> tuple[Tensor, Tensor]:
     left = terms.sum(1, keepdim=True)
     return left, left.new_ones(left.shape[0], 1, 1)
 
 
-def _is_rms_norm(owner: nn.Module) -> bool:
+def is_rms_norm(owner: nn.Module) -> bool:
+    """Whether the module is any library's RMSNorm."""
     return type(owner).__name__.endswith("RMSNorm")

@@ -233,7 +233,7 @@ def capture(module: nn.Module, entries: Sequence[Entry]) -> Iterator[Tape]:
         kind = type(module.get_submodule(bad[0].module)).__name__
         raise SelectionError(f"{bad[0].name}: no factored gradient for a {kind} (supported: {', '.join(SUPPORTED)})")
     tape = Tape(entries)
-    users = _users(module, entries)
+    users = users_of(module, entries)
     wanted: dict[nn.Module, list[tuple[str, str]]] = {}
     for parameter, modules in users.items():
         for owner, name in modules:
@@ -264,13 +264,13 @@ def capture(module: nn.Module, entries: Sequence[Entry]) -> Iterator[Tape]:
 def unfactored(module: nn.Module, entries: Iterable[Entry]) -> tuple[Entry, ...]:
     """Entries whose modules have no factored gradient (plain parameters, grouped convolutions, unknown layers)."""
     entries = tuple(entries)
-    users = _users(module, entries)
+    users = users_of(module, entries)
     return tuple(
         e for e in entries if not users[e.parameter] or not all(supported(m, name) for m, name in users[e.parameter])
     )
 
 
-def _users(module: nn.Module, entries: Iterable[Entry]) -> dict[str, list[tuple[nn.Module, str]]]:
+def users_of(module: nn.Module, entries: Iterable[Entry]) -> dict[str, list[tuple[nn.Module, str]]]:
     """Parameter name -> every (module, attribute) that holds this very tensor: more than one where weights are tied."""
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for owner in module.modules():

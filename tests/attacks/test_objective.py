@@ -171,6 +171,99 @@ def test_a_causal_classifier_reads_each_sentence_s_own_last_token(make):
     assert float(scores[0]) < 1e-9 < float(scores[1])
 
 
+def sloped(victim, lengths, selection, kind, defense=None):
+    """Distances and slopes by double backward and by finite difference, of 3 candidates."""
+    batch = batch_of(victim, lengths)
+    observation = observe(victim, batch, select(victim, **SELECTIONS[selection]), defense)
+    objective = Objective(victim, observation, Layout(lengths), kind)
+    table = victim.module.get_input_embeddings().weight.detach()
+    noise = torch.randn(3, *batch.inputs["input_ids"].shape, len(table[0]), generator=torch.Generator().manual_seed(6))
+    embeds, labels = noise.to(table) * table.std(), batch.labels.expand(3, *batch.labels.shape)
+    with frozen(victim.module):
+        return objective.slope(embeds, labels), objective.slope(embeds, labels, "finite_difference")
+
+
+def close(exact, other, tolerance=1e-6):
+    torch.testing.assert_close(other[0], exact[0])
+    off = (other[1] - exact[1]).flatten(1).norm(dim=1)
+    assert bool((off <= tolerance * exact[1].flatten(1).norm(dim=1)).all())
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A reach at which float64 leaves neither curvature nor rounding."""
+    monkeypatch.setattr("lmleak.attacks._objective.REACH", 1e-6)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("kind", ["cosine", "euclidean", "tag"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_finite_difference_is_the_slope(make, name, kind):
+    close(*sloped(make(name), (5, 3), "all", kind))
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("selection", ["query", "biases"])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_finite_difference_at_part_of_the_model(make, name, selection):
+    close(*sloped(make(name), (5,), selection, "cosine"))
+
+
+@pytest.mark.usefixtures("short")
+def test_a_finite_difference_under_noise(make):
+    close(*sloped(make("bert"), (5,), "layer", "euclidean", {"kind": "gaussian_noise", "std": 0.1}))
+
+
+def test_a_finite_difference_in_float32(make):
+    close(*sloped(make("bert", "float32"), (5,), "layer", "cosine"), tolerance=5e-3)
+
+
+def test_a_finite_difference_needs_no_double_backward(make):
+    same = load_model(
+        "bert",
+        weights="random",
+        tokenizer="bytes",
+        config=BERT,
+        device="cpu",
+        dtype="float64",
+        attn_implementation="sdpa",
+    )
+    batch = batch_of(same, (5,))
+    embeds = torch.randn(2, 1, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    slopes = []
+    for victim, derivative in ((make("bert"), "exact"), (same, "finite_difference")):
+        objective = Objective(victim, observe(victim, batch, select(victim, layers=0)), Layout((5,)), "cosine")
+        with frozen(victim.module):
+            slopes.append(objective.slope(embeds, batch.labels.expand(2, -1), derivative))
+    close(*slopes, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_finite_difference_leaves_the_model_as_it_was(make, fails, monkeypatch):
+    victim = make("bert")
+    module, batch = victim.module, batch_of(victim, (5,))
+    objective = Objective(victim, observe(victim, batch, select(victim)), Layout((5,)), "cosine")
+    embeds = torch.randn(2, 1, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    if fails:
+        calls = []
+
+        def broken(*args):
+            calls.append(1)
+            if len(calls) == 2:  # the pass with moved parameters
+                raise RuntimeError("broken")
+            return sample_losses(*args)
+
+        monkeypatch.setattr("lmleak.attacks._objective.sample_losses", broken)
+        with frozen(module), pytest.raises(RuntimeError, match="broken"):
+            objective.slope(embeds, batch.labels.expand(2, -1), "finite_difference")
+    else:
+        with frozen(module):
+            objective.slope(embeds, batch.labels.expand(2, -1), "finite_difference")
+    assert not any(m._forward_hooks for m in module.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
 def test_scores_do_not_depend_on_the_chunks(make, monkeypatch):
     victim = make("bert")
     batch = batch_of(victim, (5,))
