@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,101 @@ def selections(recipe: Recipe) -> Iterator[tuple[dict[str, Any], Selection]]:
             if model not in victims:
                 victims[model] = outline(**cell.recipe.model)
             yield {k: v for k, v in wanted.items() if v not in (None, [], "all")}, select(victims[model], **wanted)
+
+
+def pattern_and_overrides(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Tells the one module pattern from KEY=VALUE words.
+
+    Raises:
+        LmleakError: more than one pattern.
+    """
+    patterns = [word for word in words if "=" not in word]
+    if len(patterns) > 1:
+        raise LmleakError(f"one PATTERN at most, not {len(patterns)}: {', '.join(patterns)}")
+    return next(iter(patterns), None), [word for word in words if "=" in word]
+
+
+def module_rows(
+    model: str, chosen: dict[str, Any], overrides: Sequence[str], observe: bool
+) -> Iterator[dict[str, Any]] | list[dict[str, Any]]:
+    """Rows of `lmleak modules`, for a recipe or for a model.
+
+    Raises:
+        LmleakError: no such model; overrides or `observe` where no recipe is given; RecipeError and SelectionError.
+    """
+    from lmleak import registry
+    from lmleak.config import load_recipe, packaged
+    from lmleak.gradients import modules_table
+    from lmleak.models import outline
+
+    is_recipe = model in packaged() or model.endswith((".yaml", ".yml"))
+    if not is_recipe and (observe or overrides):
+        what = "--observe needs data, so a recipe" if observe else f"{overrides[0]} overrides a recipe"
+        near = did_you_mean(model, packaged()) or f", e.g. lmleak modules quickstart{' --observe' if observe else ''}"
+        raise LmleakError(f"{what}, and '{model}' is none{near}")
+    if observe:
+        return observed(load_recipe(model, overrides), **chosen)
+    if is_recipe and not chosen:
+        found = selections(load_recipe(model, overrides))
+        return [{"select": select, **row} for select, selection in found for row in entries(selection)]
+    if is_recipe:
+        victim = outline(**load_recipe(model, overrides).model)
+    elif model in registry.kinds("models"):
+        victim = outline(model)
+    else:
+        victim = outline(family_of(model), weights=model)
+    named = {**chosen, "pattern": next(iter(chosen.get("target_modules") or ()), None)}
+    return modules_table(victim, **{k: v for k, v in named.items() if k != "target_modules"})
+
+
+def observed(recipe: Recipe, **chosen: Any) -> Iterator[dict[str, Any]]:
+    """What the first batch's gradient shows at every selected tensor, for each distinct observation of the cells.
+
+    Args:
+        recipe: its model, data, selections and defenses; attacks do not matter.
+        chosen: a selection in place of the recipe's own and of its sweep.
+
+    Raises:
+        RecipeError: the model, the data or a selection is wrong, with its place.
+    """
+    from lmleak.attacks import _applicability
+    from lmleak.config import cells, load_recipe
+    from lmleak.runs.workbench import Workbench
+
+    if chosen:
+        recipe = load_recipe({**recipe.model_dump(), "select": chosen, "sweep": []})
+    bench, seen = Workbench(), set()
+    for cell in cells(recipe):
+        settings = {name: getattr(cell.recipe, name) for name in ("model", "data", "select", "defense", "seed")}
+        key = json.dumps(settings, sort_keys=True)
+        if key in seen:
+            continue
+        seen.add(key)
+        with placed(cell.recipe):
+            batch, observation = bench.observe(cell, 0)
+        victim = bench.victim(cell)
+        mask = batch.inputs.get("attention_mask")
+        about = {
+            "select": {k: v for k, v in cell.recipe.select.items() if v not in (None, [], "all")},
+            "defense": cell.recipe.defense["kind"],
+            "batch": {"sentences": observation.batch_size, "tokens": None if mask is None else mask.sum(1).tolist()},
+        }
+        for one in _applicability.read_all(victim, observation):
+            entry = one.entries[0]
+            yield about | {
+                "name": entry.name,
+                "component": entry.component,
+                "layer": entry.layer,
+                "rows": one.rows,
+                "rank": one.rank,
+                "gap": one.space.gap,
+                "tokens": one.tokens,
+                "shows": one.shows,
+                "attacks": list(_applicability.readers(one, victim, observation)),
+                "status": one.status,
+                "reason": one.reason,
+                "spectrum": [value / max(one.spectrum[0], 1e-300) for value in one.spectrum],
+            }
 
 
 def entries(selection: Selection) -> list[dict[str, Any]]:
@@ -141,6 +236,34 @@ def print_modules(rows: list[dict[str, Any]]) -> None:
             block = []
         if row is not None:
             block.append(row)
+
+
+def print_readings(rows: list[dict[str, Any]]) -> None:
+    """Rows of `modules --observe`, a block for each observation. Plain, so that it can be grepped."""
+    head = ("name", "rank", "rows", "tokens", "step", "read by", "why not")
+    blocks: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        blocks.setdefault(json.dumps([row["select"], row["defense"], row["batch"]]), []).append(row)
+    for block in blocks.values():
+        about = block[0]
+        behind = "" if about["defense"] == "none" else f", behind {about['defense']}"
+        click.echo(f"select: {json.dumps(about['select'])}{behind}; first batch: {about['batch']['tokens']} tokens")
+        table = [head]
+        flat = [row for row in block if row["rows"] == "none" and not row["spectrum"] and not row["gap"] > 1]
+        for row in block:
+            if row in flat:
+                continue
+            step = "" if row["rows"] == "table" else f"{row['gap']:.2g}"
+            tokens = "?" if row["tokens"] is None else str(row["tokens"])
+            shown = [row["name"], str(row["rank"] or row["tokens"] or 0), row["rows"], tokens, step]
+            table.append((*shown, ", ".join(row["attacks"]) or "-", row["reason"] or ""))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for line in table:
+            click.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+        if flat:
+            click.echo(f"{len(flat)} more, biases and norms: sums of output gradients, no inputs")
+        click.echo()
+    click.echo("Exact attacks are listed; gradient matching can be tried on any gradient that is not zero.")
 
 
 def _print_block(rows: list[dict[str, Any]]) -> None:

@@ -172,40 +172,30 @@ def validate(recipes: tuple[str, ...], with_modules: bool) -> None:
 
 @main.command()
 @click.argument("model")
-@click.argument("pattern", required=False)
+@click.argument("words", nargs=-1, metavar="[PATTERN] [KEY=VALUE]...")
 @click.option("--layers", help="Blocks, e.g. 0, -1, 3-5 or 0,3-5.")
 @click.option("--components", help="Parts by family-independent name, e.g. attn_query,ffn_in.")
+@click.option("--observe", is_flag=True, help="Compute the first batch's gradient and say what each module shows.")
 @click.option("--json", "as_json", is_flag=True)
-def modules(model: str, pattern: str | None, layers: str | None, components: str | None, as_json: bool) -> None:
+def modules(
+    model: str, words: tuple[str, ...], layers: str | None, components: str | None, observe: bool, as_json: bool
+) -> None:
     """Show which modules a PATTERN, layers or components match, without loading weights.
 
     MODEL is a kind (gpt2), a local folder, package:NAME/PATH or hub id, or a RECIPE, whose own selections are shown.
+
+    With --observe MODEL is a RECIPE: its model is loaded, the gradient of its first batch is computed, and each module
+    comes with its rank, the tokens it speaks for, the attacks that can read it exactly, or why there are none.
     """
-    from lmleak import registry
-    from lmleak.config import load_recipe, packaged
-
+    pattern, overrides = _arguments.pattern_and_overrides(words)
     parts = components.split(",") if components else None
-    is_recipe = model in packaged() or model.endswith((".yaml", ".yml"))
-    rows: list[dict[str, Any]] = []
-    if is_recipe and not (pattern or layers or parts):
-        for select, selection in _arguments.selections(load_recipe(model)):
-            rows += [{"select": select, **row} for row in _arguments.entries(selection)]
-    else:
-        from lmleak.gradients import modules_table
-        from lmleak.models import outline
-
-        if is_recipe:
-            victim = outline(**load_recipe(model).model)
-        elif model in registry.kinds("models"):
-            victim = outline(model)
-        else:
-            victim = outline(_arguments.family_of(model), weights=model)
-        rows = modules_table(victim, pattern, layers=layers, components=parts)
+    chosen = {"target_modules": [pattern] if pattern else None, "layers": layers, "components": parts}
+    rows = list(_arguments.module_rows(model, {k: v for k, v in chosen.items() if v is not None}, overrides, observe))
     if as_json:
         for row in rows:
             click.echo(json.dumps(row))
     else:
-        _arguments.print_modules(rows)
+        (_arguments.print_readings if observe else _arguments.print_modules)(rows)
 
 
 @main.command()

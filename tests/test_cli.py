@@ -119,3 +119,19 @@ def test_ctrl_c_is_130(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_env_names_versions() -> None:
     facts = json.loads(said("env", "--json"))
     assert {"lmleak", "torch", "python", "HF_HUB_OFFLINE"} <= set(facts)
+
+
+def test_modules_observe_says_what_each_shows_or_why_not(here: Path) -> None:
+    table = said("modules", "tiny.yaml", "--observe")
+    first, second = (line.split("  ") for line in table.splitlines() if ".weight" in line)
+    assert "span, subspace" in [cell.strip() for cell in first]
+    assert "the last layer" in second[-1]
+    rows = [
+        json.loads(line) for line in said("modules", "tiny.yaml", "--observe", "--json", "data.limit=1").splitlines()
+    ]
+    weights = [row for row in rows if row["name"].endswith("weight")]
+    assert [row["layer"] for row in weights] == [0, 1]
+    assert weights[0]["rank"] == weights[0]["tokens"] == sum(weights[0]["batch"]["tokens"])
+    assert weights[0]["spectrum"][0] == 1.0
+    chosen = said("modules", "tiny.yaml", "*.query", "--observe", "--layers", "1", "--json")
+    assert {json.loads(line)["layer"] for line in chosen.splitlines()} == {1}

@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from lmleak.attacks._applicability import Reading
 from lmleak.attacks._text import refuse, sentence
 from lmleak.records import Knowledge, Observation, Reconstruction, Victim
 
@@ -68,6 +69,15 @@ def attack(
     details["order"] = "unknown: rows of the token embedding show words, not places"
     # A bag of words belongs to no sentence in particular; each is given all of it.
     return sentence(victim, [present] * observation.batch_size, [confidence / 2] * observation.batch_size, details)
+
+
+def reads(reading: Reading, victim: Victim, observation: Observation) -> bool:
+    """Whether it is the token embedding, and present and absent words part."""
+    entry = reading.entries[0]
+    if victim.module.get_submodule(entry.module) is not victim.module.get_input_embeddings():
+        return False
+    norms = observation.gradients[entry.name].double().norm(dim=1)
+    return float(norms.max()) > 0 and _present(norms)[1] >= STEP
 
 
 def _present(norms: Tensor) -> tuple[list[int], float]:

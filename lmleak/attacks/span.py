@@ -14,7 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from lmleak.attacks._rowspace import RowSpace, describe, dropped_out, known_input, matrix, row_space, weights
+from lmleak.attacks._applicability import Reading, read
+from lmleak.attacks._rowspace import RowSpace, describe, known_input, weights
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
 from lmleak.models._input import InputLayer
 from lmleak.records import Knowledge, Observation, Reconstruction, Victim
@@ -53,17 +54,16 @@ def attack(
     layer = known_input(victim)
     if layer is None:
         return refuse("not_applicable", f"the input of layer 0 is not known in closed form for family '{victim.kind}'")
-    if dropped_out(victim, observation):
-        return refuse("not_applicable", "dropout is on in the client: the row space is that of dropped-out inputs")
     entries = [e for e in weights(observation, layer=0) if e.component in READERS]
     if not entries:
         return refuse("not_applicable", "needs the weight gradient of layer 0's query, key or value")
     # Rotary positions turn every key by its own angle: the sum over a sentence no longer vanishes, nor do differences.
     keys_only = layer.position is not None and all(e.component == "attn_key" for e in entries)
     used = [e for e in entries if keys_only or layer.position is None or e.component != "attn_key"]
-    space = row_space([matrix(victim.module, e, observation.gradients[e.name]) for e in used])
-    if space.unreadable:
-        return refuse("no_signal", space.unreadable, describe(space))
+    reading = read(victim, observation, used)
+    space = reading.space
+    if reading.reason is not None:
+        return refuse(reading.status, reading.reason, describe(space))
     frame = special_frame(victim, knowledge)
     offset = 0
     origin = None
@@ -80,6 +80,14 @@ def attack(
     expected = observation.batch_size if layer.position is not None else space.rank
     found = _read(layer, space, places, expected + SHORTLIST, origin, generator)
     return _assemble(victim, observation, frame, found, space, ordered=layer.position is not None)
+
+
+def reads(reading: Reading, victim: Victim, observation: Observation) -> bool:
+    """Whether one observed module is enough: layer 0's query or value, or its key where a first token is known."""
+    entry, layer = reading.entries[0], known_input(victim)
+    if reading.status != "ok" or entry.layer != 0 or entry.component not in READERS or layer is None:
+        return False
+    return reading.rows == "inputs" or bool(special_frame(victim, Knowledge()).first)
 
 
 def _read(

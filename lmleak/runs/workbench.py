@@ -78,6 +78,15 @@ class Workbench:
             self._selections[key] = select(self.victim(cell), **cell.recipe.select)
         return self._selections[key]
 
+    def observe(self, cell: Cell, index: int) -> tuple[Batch, Observation]:
+        """A batch and what the client releases of it. Noise draws from (recipe seed, purpose, batch)."""
+        from lmleak.gradients import observe
+
+        recipe, victim = cell.recipe, self.victim(cell)
+        batch = self.batches(cell)[index]
+        seed = derive(recipe.seed, "observe", index)
+        return batch, observe(victim, batch, self.selection(cell), recipe.defense, seed=seed)
+
     def attack(
         self, cell: Cell, index: int, progress: Callable[[str], None] | None = None
     ) -> tuple[Batch, Observation, Reconstruction, dict[str, float]]:
@@ -89,14 +98,11 @@ class Workbench:
             the batch, the observation, the reconstruction, and CPU seconds (all threads) of client and attack.
         """
         from lmleak.attacks import attack
-        from lmleak.gradients import grant, observe
+        from lmleak.gradients import grant
 
-        recipe = cell.recipe
-        victim, batch = self.victim(cell), self.batches(cell)[index]
+        recipe, victim = cell.recipe, self.victim(cell)
         start = time.process_time()
-        observation = observe(
-            victim, batch, self.selection(cell), recipe.defense, seed=derive(recipe.seed, "observe", index)
-        )
+        batch, observation = self.observe(cell, index)
         knowledge = grant(victim, batch, **recipe.knowledge)
         middle = time.process_time()
         made = attack(
