@@ -15,7 +15,7 @@ from lmleak.config.source import Key, Source, dotted, dump
 from lmleak.errors import LmleakError
 
 BLOCKS = ("model", "data", "defense", "attack")
-CELL_FIELDS = ("model", "data", "select", "defense", "attack", "metrics", "knowledge", "seed")
+CELL_FIELDS = ("model", "data", "select", "defense", "attack", "metrics", "measures", "knowledge", "seed")
 FIELDS = (*CELL_FIELDS, "sweep", "name")
 METRICS = ("rouge", "token_accuracy", "exact_match")
 
@@ -32,6 +32,7 @@ class Recipe(BaseModel):
     defense: dict[str, Any]
     attack: dict[str, Any]
     metrics: list[dict[str, Any]]
+    measures: list[dict[str, Any]] = []  #: of the release, before any attack
     knowledge: dict[str, Any]
     seed: int
     sweep: list[dict[str, list[Any]]] = []  #: products of axes; their union is the set of cells
@@ -108,13 +109,15 @@ def digest(value: Any) -> str:
 def expand(data: Mapping[str, Any]) -> dict[str, Any]:
     """Writes short forms out: `attack: span` is `attack: {kind: span}`, and a block left out is its default."""
     out = {"defense": {"kind": "none"}, "select": {}, "knowledge": {}, "metrics": list(METRICS), "seed": 0, **data}
+    out.setdefault("measures", [])
     for name in BLOCKS:
         if isinstance(out.get(name), str):
             out[name] = {"kind": out[name]}
-    if isinstance(out["metrics"], str | Mapping):
-        out["metrics"] = [out["metrics"]]
-    if isinstance(out["metrics"], list):
-        out["metrics"] = [{"kind": item} if isinstance(item, str) else item for item in out["metrics"]]
+    for name in ("metrics", "measures"):
+        if isinstance(out[name], str | Mapping):
+            out[name] = [out[name]]
+        if isinstance(out[name], list):
+            out[name] = [{"kind": item} if isinstance(item, str) else item for item in out[name]]
     return out
 
 
@@ -141,8 +144,9 @@ def resolve(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
             continue
         out[name], found = check(schema, data[name], (name,))
         problems += found
-    out["metrics"], found = _metrics(data["metrics"])
-    problems += found
+    for name in ("metrics", "measures"):
+        out[name], found = _several(name, data[name])
+        problems += found
     out["seed"] = data["seed"]
     if type(out["seed"]) is not int or not 0 <= out["seed"] < 2**63:
         problems.append(Problem(("seed",), f"should be a whole number from 0 on, not {short(out['seed'])}"))
@@ -156,15 +160,15 @@ def check_name(name: Any) -> list[Problem]:
     return [Problem(("name",), f"should be letters, digits, '_', '-' and '.', not {short(name)}")]
 
 
-def _metrics(raw: Any) -> tuple[list[dict[str, Any]], list[Problem]]:
-    if not isinstance(raw, list) or not raw:
-        return [], [Problem(("metrics",), f"should be a list of metrics, not {short(raw)}")]
+def _several(name: str, raw: Any) -> tuple[list[dict[str, Any]], list[Problem]]:
+    if not isinstance(raw, list) or (name == "metrics" and not raw):
+        return [], [Problem((name,), f"should be a list of {name}, not {short(raw)}")]
     out: list[dict[str, Any]] = []
     problems: list[Problem] = []
     for i, item in enumerate(raw):
-        made, found = block("metrics", item, ("metrics", i))
+        made, found = block(name, item, (name, i))
         problems += found
         if not found and made in out:
-            problems.append(Problem(("metrics", i), f"'{made['kind']}' is given twice"))
+            problems.append(Problem((name, i), f"'{made['kind']}' is given twice"))
         out.append(made)
     return out, problems

@@ -14,7 +14,7 @@ from lmleak import registry
 from lmleak.config.source import Key
 from lmleak.errors import LmleakError, did_you_mean
 
-ROOM_OF = {"model": "models", "data": "data", "defense": "defenses", "attack": "attacks", "metrics": "metrics"}
+ROOM_OF = {"model": "models", "data": "data", "defense": "defenses", "attack": "attacks"}
 
 
 MAX_LAYERS = 10_000  # an upper bound on what a range may fill memory with

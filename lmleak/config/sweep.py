@@ -117,7 +117,7 @@ def _value(resolved: Mapping[str, Any], axis: str) -> Any:
     value: Any = resolved
     for part in axis.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    if axis in ROOM_OF and axis != "metrics":
+    if axis in ROOM_OF:
         return compact(ROOM_OF[axis], value)
     if axis in ("select", "knowledge"):
         return {k: v for k, v in value.items() if v not in (None, [], "all")}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lmleak.errors import RunError
 from lmleak.runs import store
 from lmleak.runs.folder import Lock, read_facts, write_facts
+from lmleak.runs.measured import over_batches
 
 if TYPE_CHECKING:
     import pandas
@@ -99,6 +100,7 @@ def cell_line(cell: Mapping[str, Any], facts: Mapping[str, Any], units: Sequence
             "total": sum(row["total"] for row in timed),
         },
         "batches": {**counts, **({"missing": missing} if missing else {})},
+        **over_batches(units),
     }
 
 

@@ -27,6 +27,9 @@ def do(cell: Cell, batch: int, bench: Workbench, out: store.Store, watch: Watch 
     result: dict[str, Any] = {"cell": cell.id, "batch": batch, "scores": None, "privacy": None, "details": {}}
     recovered = None
     try:
+        measured = bench.measures(cell, batch)
+        if measured is not None:
+            result["measures"] = measured
         private, observation, made, seconds = bench.attack(cell, batch, watch.progress.text if watch else None)
         result |= {"status": made.status, "reason": made.reason, "details": made.details}
         result["privacy"] = observation.privacy

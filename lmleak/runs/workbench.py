@@ -116,6 +116,28 @@ class Workbench:
         seconds = {"observe_cpu": middle - start, "attack_cpu": time.process_time() - middle}
         return batch, observation, made, seconds
 
+    def measures(self, cell: Cell, index: int) -> dict[str, Any] | None:
+        """What the cell's measures say of one batch's release; None where it asks for none.
+
+        Draws depend on (recipe seed, batch) alone, so settings of a sweep meet the same alternatives.
+        """
+        if not cell.recipe.measures:
+            return None
+        from lmleak.measures import measure
+
+        recipe, found = cell.recipe, {}
+        for block in recipe.measures:
+            made = measure(
+                self.victim(cell),
+                self.batches(cell)[index],
+                self.selection(cell),
+                **block,
+                defense=recipe.defense,
+                seed=derive(recipe.seed, "measures", index),
+            )
+            found[block["kind"]] = {"rows": made.rows, "reason": made.reason, "details": made.details}
+        return found
+
     def _same(self, what: str, key: str, now: str) -> None:
         known = self.identities.setdefault(f"{what}:{_digest(key)}", now)
         if known != now:
