@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-from lmleak.report import _study, _words
+from lmleak.report import _measured, _study, _words
 from lmleak.report._study import Place, Run
 
 
@@ -21,7 +21,9 @@ def lines_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _apart(place: Place) -> tuple[str, ...]:
     """Everything that a cell is, except its defense: cells that agree in it are paired."""
-    setting = {key: value for key, value in place.setting.items() if key not in ("defense", "name", "metrics")}
+    setting = {
+        key: value for key, value in place.setting.items() if key not in ("defense", "name", "metrics", "measures")
+    }
     return (_words.key(setting),)
 
 
@@ -86,10 +88,16 @@ def print_table(lines: Sequence[Mapping[str, Any]], file: IO[str] | None = None)
         m: v for line in lines for m, v in ((line.get("difference") or {}).get("scores") or {}).items() if v["mean"]
     }
     compared = next((m for m in names if m in moved), None)
+    measured = _measured.columns(lines)
     private = any((line.get("privacy") or {}).get("epsilon") is not None for line in lines)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = [*(["run"] if several else []), *(axes or ["cell"]), "status", *names]
-    columns += [*([f"{compared} vs base"] if compared else []), *(["ε"] if private else []), "CPU s", "share"]
+    columns += [
+        *([f"{compared} vs base"] if compared else []),
+        *(["ε"] if private else []),
+        *(name for _, name in measured),
+    ]
+    columns += ["CPU s", "share"]
     for column in columns:
         table.add_column(
             column, justify="left" if column in (*axes, "run", "cell", "status") else "right", no_wrap=True
@@ -106,6 +114,7 @@ def print_table(lines: Sequence[Mapping[str, Any]], file: IO[str] | None = None)
             )
         if private:
             row.append(_words.number((line.get("privacy") or {}).get("epsilon")))
+        row += [_measured.shown(line, kind, name) for kind, name in measured]
         cpu = (line.get("seconds") or {}).get("attack_cpu")
         row += [_words.cpu(cpu), _words.share((line.get("select") or {}).get("share"))]
         table.add_row(*(Text(_words.visible(value)) for value in row))

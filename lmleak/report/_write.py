@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from lmleak.errors import RunError
-from lmleak.report import _chart, _diff, _headline, _heat, _lines, _palette, _store, _study, _words
+from lmleak.report import _chart, _diff, _headline, _heat, _lines, _measured, _palette, _store, _study, _words
 from lmleak.report._study import Place, Run
 
 OPEN_ROWS = 40  #: a longer table is folded
@@ -113,6 +113,7 @@ def page(runs: Sequence[Run]) -> str:
         open_examples=OPEN_EXAMPLES,
         examples=_examples(cells, main),
         private=_private(cells),
+        measured=_measured.tables(cells),
         unclipped=any(_kind(p) == "gaussian_noise" for p in cells),
         charts=_chart.charts(cells, charted) if charted else [],
         charted=_words.metric_name(charted or ""),
