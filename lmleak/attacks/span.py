@@ -15,10 +15,13 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from lmleak.attacks._applicability import Reading, read
+from lmleak.attacks._replay import replay
 from lmleak.attacks._rowspace import RowSpace, describe, known_input, weights
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
 from lmleak.models._input import InputLayer
 from lmleak.records import Knowledge, Observation, Reconstruction, Victim
+
+__all__ = ["EXAMPLE", "READERS", "Config", "attack", "reads", "replay", "screen"]
 
 READERS = ("attn_query", "attn_key", "attn_value", "attn_qkv")
 # Random directions outside the row space used to screen the vocabulary. A wrong token has at least 0.09 of its norm

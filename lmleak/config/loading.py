@@ -10,7 +10,7 @@ from typing import Any
 
 from lmleak.config import library
 from lmleak.config.overrides import apply
-from lmleak.config.recipe import FIELDS, Recipe, check_name, expand, resolve
+from lmleak.config.recipe import FIELDS, Recipe, check_name, expand, read_controls, resolve
 from lmleak.config.schema import short
 from lmleak.config.source import Key, Source, dotted, read
 from lmleak.config.sweep import cells, read_sweep
@@ -41,11 +41,12 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
 
     resolved, problems = resolve(data)
     sweep, wrong = read_sweep(data.get("sweep"))
+    controls, unknown = read_controls(data.get("controls"))
     name = data.get("name", _file_safe(stem))
-    problems += [*wrong, *check_name(name)]
+    problems += [*wrong, *unknown, *check_name(name)]
     if problems:
         raise RecipeError(_lines(found, problems))
-    recipe = Recipe(name=name, sweep=sweep, **resolved)
+    recipe = Recipe(name=name, sweep=sweep, controls=controls, **resolved)
     recipe._source = Source(found.name, data, found.places)
     cells(recipe)
     return recipe

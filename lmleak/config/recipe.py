@@ -12,11 +12,13 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from lmleak.config.schema import ROOM_OF, Grants, Problem, Select, block, check, short, unknown
 from lmleak.config.source import Key, Source, dotted, dump
-from lmleak.errors import LmleakError
+from lmleak.errors import LmleakError, did_you_mean
 
 BLOCKS = ("model", "data", "defense", "attack")
 CELL_FIELDS = ("model", "data", "select", "defense", "attack", "metrics", "measures", "knowledge", "seed")
-FIELDS = (*CELL_FIELDS, "sweep", "name")
+FIELDS = (*CELL_FIELDS, "sweep", "controls", "name")
+#: what a study can be measured against; `lmleak.runs.controls` does them
+CONTROLS = ("wrong_update", "no_gradient", "replay")
 METRICS = ("rouge", "token_accuracy", "exact_match")
 
 
@@ -36,13 +38,14 @@ class Recipe(BaseModel):
     knowledge: dict[str, Any]
     seed: int
     sweep: list[dict[str, list[Any]]] = []  #: products of axes; their union is the set of cells
+    controls: list[str] = []  #: of CONTROLS; each adds a cell beside every cell
 
     _source: Source | None = PrivateAttr(None)
 
     @property
     def id(self) -> str:
         """12 hex digits that change whenever anything that can change a result does. The name is not such a thing."""
-        return digest(self.model_dump(exclude={"name"}))
+        return digest(self.model_dump(exclude={"name"} if self.controls else {"name", "controls"}))
 
     def place(self, *key: str | int) -> str:
         """Where a key stands: `path:line:col`, or the override that set it."""
@@ -151,6 +154,24 @@ def resolve(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     if type(out["seed"]) is not int or not 0 <= out["seed"] < 2**63:
         problems.append(Problem(("seed",), f"should be a whole number from 0 on, not {short(out['seed'])}"))
     return out, problems
+
+
+def read_controls(raw: Any) -> tuple[list[str], list[Problem]]:
+    """Names of controls, each once; one name may stand without its list."""
+    if raw is None:
+        return [], []
+    names = [raw] if isinstance(raw, str) else raw
+    if not isinstance(names, list):
+        return [], [Problem(("controls",), f"should be a list of {', '.join(CONTROLS)}, not {short(raw)}")]
+    problems = []
+    for i, name in enumerate(names):
+        key = ("controls",) if isinstance(raw, str) else ("controls", i)
+        if name not in CONTROLS:
+            near = did_you_mean(str(name), CONTROLS) or f" (there are: {', '.join(CONTROLS)})"
+            problems.append(Problem(key, f"no control {short(name)}{near}"))
+        elif name in names[:i]:
+            problems.append(Problem(key, f"'{name}' is given twice"))
+    return names, problems
 
 
 def check_name(name: Any) -> list[Problem]:

@@ -25,17 +25,19 @@ class Cell:
     id: str  #: 12 hex digits of everything that can change the result
     axes: Mapping[str, Any]  #: dotted field -> its value here; the same fields for every cell of a recipe
     recipe: Recipe
+    control: str | None = None  #: of `recipe.CONTROLS`; None for the attack itself
 
 
 def cells(recipe: Recipe) -> tuple[Cell, ...]:
     """The cells of a recipe in the order of its sweep: the last axis moves fastest, products follow each other.
 
-    A point that two products share is one cell.
+    A point that two products share is one cell. Each is followed by its controls, which have one more axis, `control`
+    (`none` for the cell itself, whose id is that of the recipe without controls).
 
     Raises:
         RecipeError: a point of the sweep is not a valid recipe; all faults of all points.
     """
-    base = recipe.model_dump(exclude={"sweep", "name"})
+    base = recipe.model_dump(exclude={"sweep", "name", "controls"})
     axes = list(dict.fromkeys(axis for product in recipe.sweep for axis in product))
     out: dict[str, Cell] = {}
     problems: dict[str, None] = {}
@@ -48,8 +50,12 @@ def cells(recipe: Recipe) -> tuple[Cell, ...]:
             if problems:
                 continue
             key = digest(resolved)
-            made = recipe.model_copy(update={**resolved, "sweep": []})
-            out.setdefault(key, Cell(key, {axis: _value(resolved, axis) for axis in axes}, made))
+            made = recipe.model_copy(update={**resolved, "sweep": [], "controls": []})
+            values = {axis: _value(resolved, axis) for axis in axes} | ({"control": "none"} if recipe.controls else {})
+            out.setdefault(key, Cell(key, values, made))
+            for control in recipe.controls:
+                own = digest({**resolved, "control": control})
+                out.setdefault(own, Cell(own, {**values, "control": control}, made, control))
     if problems:
         raise RecipeError(problems)
     return tuple(out.values())

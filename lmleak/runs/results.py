@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,15 +60,17 @@ def cell_line(cell: Mapping[str, Any], facts: Mapping[str, Any], units: Sequence
     """Aggregates the batches of one cell.
 
     The status is `failed` if any batch failed (its reason says how many), else `ok` if any is ok, else the most common
-    one. Means run over the batches that are ok; `n` and `batches` say how many those are.
+    one. `scores` are means over the batches that are ok; `n` and `batches` say how many those are. `scores_all` are
+    means over all batches that were attacked, with the best guess of those that ended without an answer and nothing
+    for those that were refused: the number that does not flatter an attack which answers only where it is easy. It is
+    null where no batch was answered or searched, as a refusal alone is no score of 0. Cells of the control `replay`
+    have `replay` instead: means of the attack's own measures at the true input.
 
     Args:
         cell: its entry in run.json.
         facts: run.json.
         units: its result lines, by batch.
     """
-    from lmleak.metrics import summarise
-
     counts = Counter(line["status"] for line in units)
     status = next((status for status in ("failed", "ok") if counts[status]), counts.most_common(1)[0][0])
     other = [line for line in units if line["status"] != "ok"]
@@ -77,13 +80,10 @@ def cell_line(cell: Mapping[str, Any], facts: Mapping[str, Any], units: Sequence
         reason = f"{counts[first['status']]} of {len(units)} batches {first['status']}: {reason}"
     scores = None
     if status == "ok":
-        answered = [line["scores"] or {} for line in units if line["status"] == "ok"]
-        names = dict.fromkeys(name for row in answered for name in row)
-        made = {name: summarise([row.get(name) for row in answered]) for name in names}
-        scores = {
-            name: {"mean": s.mean, "low": s.low, "high": s.high, "n": s.n} if s else _UNDEFINED
-            for name, s in made.items()
-        }
+        scores = _means([line["scores"] or {} for line in units if line["status"] == "ok"])
+    came = [recovered(line) for line in units if line["status"] != "failed"]
+    searched = counts["ok"] or counts["budget_exhausted"]
+    replayed = [line["details"]["replay"] for line in units if "replay" in (line.get("details") or {})]
     timed = [line["seconds"] for line in units if line.get("seconds")]
     missing = cell["batches"] - len(units)
     return {
@@ -100,8 +100,25 @@ def cell_line(cell: Mapping[str, Any], facts: Mapping[str, Any], units: Sequence
             "total": sum(row["total"] for row in timed),
         },
         "batches": {**counts, **({"missing": missing} if missing else {})},
+        "scores_all": None if not searched or any(row is None for row in came) else _means(came),
+        **({"replay": _means(replayed)} if replayed else {}),
         **over_batches(units),
     }
+
+
+def recovered(line: Mapping[str, Any]) -> Mapping[str, float | None] | None:
+    """Scores of what came back for a batch, answer or best guess or nothing; None where that was not stored."""
+    return line["scores"] if line["status"] == "ok" else line.get("guess")
+
+
+def _means(rows: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    from lmleak.metrics import summarise
+
+    names = dict.fromkeys(name for row in rows for name in row or ())
+    made = {name: summarise([(row or {}).get(name) for row in rows]) for name in names}
+    return {
+        name: {"mean": s.mean, "low": s.low, "high": s.high, "n": s.n} if s else _UNDEFINED for name, s in made.items()
+    } or None
 
 
 _UNDEFINED = {"mean": None, "low": None, "high": None, "n": 0}
@@ -186,13 +203,15 @@ def rescore(run_dir: str | Path, metrics: Sequence[str | Mapping[str, Any]] | No
                 reason=found["reason"],
             )
             reference = Reference(_tuples(truth["tokens"]), tuple(truth["texts"]), labels=tuple(truth["labels"]))
-            ok = reconstruction.status == "ok"
-            made[line["cell"], line["batch"]] = score(reconstruction, reference, asked[line["cell"]]) if ok else None
+            came = score(replace(reconstruction, status="ok"), reference, asked[line["cell"]])
+            made[line["cell"], line["batch"]] = came
         for path in sorted(folder.glob(f"{store.RESULTS}-*.jsonl")):
             lines = list(store.lines(path))
             for line in lines:
-                if line["status"] != "failed":
-                    line["scores"] = made.get((line["cell"], line["batch"]))
+                if line["status"] == "failed" or "replay" in line["details"]:
+                    continue
+                name = "scores" if line["status"] == "ok" else "guess"
+                line[name] = made.get((line["cell"], line["batch"]))
             store.replace_lines(path, lines)
         write_facts(folder, {**facts, "rescored": store.now()})
     finally:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lmleak.runs import store
+from lmleak.runs.controls import other
 from lmleak.runs.progress import safe
 
 if TYPE_CHECKING:
@@ -33,10 +35,13 @@ def do(cell: Cell, batch: int, bench: Workbench, out: store.Store, watch: Watch 
         private, observation, made, seconds = bench.attack(cell, batch, watch.progress.text if watch else None)
         result |= {"status": made.status, "reason": made.reason, "details": made.details}
         result["privacy"] = observation.privacy
-        if made.status == "ok":
-            from lmleak.metrics import score
-
-            result["scores"] = score(made, private.reference, cell.recipe.metrics)
+        if cell.control != "replay":
+            result |= _scored(made, private.reference, cell.recipe.metrics)
+        if cell.control == "wrong_update":
+            # What it read of the batch whose gradient it got: an answer that is neither is a wrong sentence.
+            place = other(batch, len(bench.batches(cell)))
+            theirs = _scored(made, bench.batches(cell)[place].reference, cell.recipe.metrics)
+            result["details"] = {**made.details, "wrong_update": {"gradient_of": place, **theirs}}
         recovered = {"cell": cell.id, "batch": batch, **_texts(private.reference, made)}
         result["seconds"] = {**seconds, "total": time.monotonic() - start}
         result, recovered = store.plain(result), store.plain(recovered)
@@ -51,6 +56,15 @@ def do(cell: Cell, batch: int, bench: Workbench, out: store.Store, watch: Watch 
         watch.poll()
         watch.progress.unit(result["scores"], tuple(recovered["reconstruction"]["texts"]) if recovered else ())
     return result["status"]
+
+
+def _scored(made: Any, reference: Any, metrics: Any) -> dict[str, Any]:
+    """`scores` of an answer; of anything else, under `guess`, those of what came back, be it nothing."""
+    from lmleak.metrics import score
+
+    if made.status == "ok":
+        return {"scores": score(made, reference, metrics)}
+    return {"scores": None, "guess": score(replace(made, status="ok"), reference, metrics)}
 
 
 def _texts(reference: Any, made: Any) -> dict[str, Any]:

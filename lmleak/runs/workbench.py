@@ -10,7 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lmleak.config import Cell
-from lmleak.errors import LmleakError, RecipeError, RunError
+from lmleak.errors import DataError, LmleakError, RecipeError, RunError
+from lmleak.runs import controls
 from lmleak.runs.plan import data_key, model_key, selection_key
 from lmleak.seeds import derive
 
@@ -92,7 +93,8 @@ class Workbench:
     ) -> tuple[Batch, Observation, Reconstruction, dict[str, float]]:
         """One unit: the client's release, then the attack on it, which is given nothing else of the batch.
 
-        Noise and attack draw from (recipe seed, purpose, batch), so every setting of a sweep meets the same draws.
+        Noise and attack draw from (recipe seed, purpose, batch), so every setting of a sweep, and every control, meets
+        the same draws.
 
         Returns:
             the batch, the observation, the reconstruction, and CPU seconds (all threads) of client and attack.
@@ -103,16 +105,17 @@ class Workbench:
         recipe, victim = cell.recipe, self.victim(cell)
         start = time.process_time()
         batch, observation = self.observe(cell, index)
+        if cell.control == "wrong_update":
+            observation = self.observe(cell, controls.other(index, len(self.batches(cell))))[1]
+        elif cell.control == "no_gradient":
+            observation = controls.without_gradient(observation, derive(recipe.seed, "no_gradient", index))
         knowledge = grant(victim, batch, **recipe.knowledge)
         middle = time.process_time()
-        made = attack(
-            observation,
-            victim,
-            **recipe.attack,
-            knowledge=knowledge,
-            seed=derive(recipe.seed, "attack", index),
-            progress=progress,
-        )
+        if cell.control == "replay":
+            made = controls.replay(recipe.attack, observation, knowledge, victim, batch)
+        else:
+            seed = derive(recipe.seed, "attack", index)
+            made = attack(observation, victim, **recipe.attack, knowledge=knowledge, seed=seed, progress=progress)
         seconds = {"observe_cpu": middle - start, "attack_cpu": time.process_time() - middle}
         return batch, observation, made, seconds
 
@@ -121,7 +124,7 @@ class Workbench:
 
         Draws depend on (recipe seed, batch) alone, so settings of a sweep meet the same alternatives.
         """
-        if not cell.recipe.measures:
+        if not cell.recipe.measures or cell.control:
             return None
         from lmleak.measures import measure
 
@@ -168,6 +171,8 @@ def check(cells: Sequence[Cell], bench: Workbench) -> tuple[list[int], list[Sele
             continue
         found = _fault(faults, cell, "data", partial(bench.batches, cell))
         counts[place] = len(found or ())
+        if found is not None and cell.control == "wrong_update":
+            _fault(faults, cell, "controls", partial(_two, len(found)))
         selections[place] = _fault(faults, cell, "select", partial(bench.selection, cell))
     for metrics in {json.dumps(cell.recipe.metrics): cell for cell in cells}.values():
         _fault(faults, metrics, "metrics", partial(_metrics, metrics))
@@ -176,6 +181,11 @@ def check(cells: Sequence[Cell], bench: Workbench) -> tuple[list[int], list[Sele
         kind = kinds.pop() if len(kinds) == 1 else RecipeError
         raise RecipeError(faults) if kind is RecipeError else kind("\n".join(faults))
     return [counts[place] for place in range(len(cells))], [selections[place] for place in range(len(cells))]
+
+
+def _two(count: int) -> None:
+    if count < 2:
+        raise DataError(f"wrong_update takes the gradient of another batch, and the data makes {count} only")
 
 
 def _metrics(cell: Cell) -> bool:
