@@ -166,7 +166,8 @@ def training_epsilon(noise_multiplier: float, sample_rate: float, steps: int, de
         delta: in (0, 1).
 
     Returns:
-        `epsilon` and the `accountant` it comes from ("prv", or "rdp" with the reason where PRV does not converge),
+        `epsilon` and the `accountant` it comes from ("prv"; where PRV does not converge, with the reason, the closed
+        form for full batches and "rdp" for sampled ones),
         `prv_epsilon` (or None), `rdp_epsilon`, and the arguments. Epsilons are None without noise.
 
     Raises:
@@ -175,9 +176,17 @@ def training_epsilon(noise_multiplier: float, sample_rate: float, steps: int, de
     rdp = rdp_epsilon(noise_multiplier, delta, sample_rate, steps)
     prv, label = prv_epsilon(noise_multiplier, delta, sample_rate, steps)
     rdp_or_none = rdp if math.isfinite(rdp) else None
+    epsilon, accountant = prv, "prv"
+    if rdp_or_none is None:
+        epsilon, accountant = None, "none (no noise)"
+    elif prv is None and sample_rate == 1:
+        epsilon = gaussian_epsilon(noise_multiplier / math.sqrt(steps), delta)
+        accountant = f"analytic Gaussian mechanism ({label})"
+    elif prv is None:
+        epsilon, accountant = rdp, f"rdp ({label})"
     return {
-        "epsilon": rdp_or_none if prv is None else prv,
-        "accountant": "prv" if prv is not None else "none (no noise)" if rdp_or_none is None else f"rdp ({label})",
+        "epsilon": epsilon,
+        "accountant": accountant,
         "prv_epsilon": prv,
         "rdp_epsilon": rdp_or_none,
         "noise_multiplier": noise_multiplier,

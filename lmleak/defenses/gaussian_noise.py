@@ -6,9 +6,9 @@ use `dp_sgd`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lmleak.defenses._mechanism import Gaussian
 from lmleak.defenses._noise import add_normal
@@ -29,6 +29,14 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     std: float = Field(strict=True, description="standard deviation of the noise, in the gradient's own units")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_epsilon(cls, fields: Any) -> Any:
+        for name in ("epsilon", "delta", "noise_multiplier", "max_grad_norm"):
+            if isinstance(fields, dict) and name in fields:
+                raise ValueError(f"noise without clipping has no epsilon, so there is no {name} here; use dp_sgd")
+        return fields
 
     @field_validator("std")
     @classmethod

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmleak.defenses._mechanism import Gaussian, gaussian
+from lmleak.defenses import Gaussian, gaussian
 from lmleak.gradients.observe import clip_weights, whole_model
 from lmleak.measures._changes import Change
 from lmleak.records import Batch, Entry, Victim

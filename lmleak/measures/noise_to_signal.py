@@ -44,7 +44,7 @@ def measure(
     generator: torch.Generator,
 ) -> Measurement:
     """Ratios by observed module. No rows where the defense is no Gaussian mechanism."""
-    from lmleak.defenses._mechanism import gaussian
+    from lmleak.defenses import gaussian
     from lmleak.gradients.observe import ClientGradients
     from lmleak.measures import _release
 
