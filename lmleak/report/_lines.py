@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-from lmleak.report import _measured, _study, _words
+from lmleak.report import _controls, _measured, _study, _words
 from lmleak.report._study import Place, Run
 
 
 def lines_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Each cell's own line, unchanged, with `run` and `difference` added."""
+    """Each cell's own line, unchanged, with `run` and `difference` added, and `gain` where it has controls."""
     cells = _study.places(runs)
-    bases = _bases(cells)
+    bases, gains = _bases(cells), _controls.gains(cells)
     return [
-        {**place.line, "run": place.run.name, "difference": _difference(place, bases.get(_apart(place)))}
+        {
+            **place.line,
+            "run": place.run.name,
+            "difference": _difference(place, bases.get(_apart(place))),
+            **({"gain": gain} if (gain := gains.get((place.run.name, place.cell))) else {}),
+        }
         for place in cells
     ]
 
@@ -59,6 +64,9 @@ def _difference(place: Place, base: Place | None) -> dict[str, Any] | None:
     return {"to": base.cell, "run": base.run.name, "scores": found} if found else None
 
 
+_STATED = 6  #: guarantees told under a table; a study of 20 noise levels would fill two screens
+
+
 def print_table(lines: Sequence[Mapping[str, Any]], file: IO[str] | None = None) -> None:
     """Prints lines of `compare` or of a run: axes, scores in percent with 95 % intervals, CPU seconds, share.
 
@@ -81,7 +89,7 @@ def print_table(lines: Sequence[Mapping[str, Any]], file: IO[str] | None = None)
     axes = list(dict.fromkeys(axis for line in lines for axis in line.get("axes") or {}))
     names = [m for m in ("exact_match", "rouge1", "rouge2", "rougeL", "token_accuracy") if _any(lines, m)]
     names += sorted(
-        {m for line in lines for m in line.get("scores") or {}}
+        {m for line in lines for m in line.get("scores_all") or line.get("scores") or {}}
         - {*names, "exact_match", "rouge1", "rouge2", "rougeL", "token_accuracy"}
     )
     moved = {
@@ -92,8 +100,10 @@ def print_table(lines: Sequence[Mapping[str, Any]], file: IO[str] | None = None)
     private = any((line.get("privacy") or {}).get("epsilon") is not None for line in lines)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = [*(["run"] if several else []), *(axes or ["cell"]), "status", *names]
+    gained = list(dict.fromkeys(control for line in lines for control in line.get("gain") or {})) if names else []
     columns += [
         *([f"{compared} vs base"] if compared else []),
+        *(f"{names[0]} over {control}" for control in gained),
         *(["ε"] if private else []),
         *(name for _, name in measured),
     ]
@@ -107,11 +117,14 @@ def print_table(lines: Sequence[Mapping[str, Any]], file: IO[str] | None = None)
         row = [*([str(line.get("run"))] if several else [])]
         values = [(a, (line.get("axes") or {}).get(a)) for a in axes]
         row += [named[_words.key(v)] if _words.is_block(v) else axis_value(v) for _, v in values] or [str(line["cell"])]
-        row += [str(line["status"]), *(scored(line, m) for m in names)]
+        row += [_status(line), *(scored(line, m) for m in names)]
         if compared:
             row.append(
                 _shown(((line.get("difference") or {}).get("scores") or {}).get(compared), compared, signed=True)
             )
+        for control in gained:
+            gain = ((line.get("gain") or {}).get(control) or {}).get("scores") or {}
+            row.append(_shown(gain.get(names[0]), names[0], signed=True))
         if private:
             row.append(_words.number((line.get("privacy") or {}).get("epsilon")))
         row += [_measured.shown(line, kind, name) for kind, name in measured]
@@ -119,6 +132,9 @@ def print_table(lines: Sequence[Mapping[str, Any]], file: IO[str] | None = None)
         row += [_words.cpu(cpu), _words.share((line.get("select") or {}).get("share"))]
         table.add_row(*(Text(_words.visible(value)) for value in row))
     console.print(table)
+    for line in lines:
+        if measures := _controls.replayed(line):
+            console.print(Text(f"replay: {line['cell']}: at the true input {measures}"))
     reasons: dict[tuple[str, str], list[str]] = {}
     for line in lines:
         if line["status"] != "ok" and line.get("reason"):
@@ -126,10 +142,22 @@ def print_table(lines: Sequence[Mapping[str, Any]], file: IO[str] | None = None)
     for (status, reason), where in reasons.items():
         which = where[0] if len(where) == 1 else f"{len(where)} cells"
         console.print(Text(_words.visible(f"{status}: {which}: {reason}")[:500]))
+    stated = _words.guarantees(line.get("privacy") for line in lines)
+    for words in stated[:_STATED]:
+        console.print(Text(_words.visible(f"privacy: {words}")))
+    if len(stated) > _STATED:
+        console.print(f"privacy: {len(stated) - _STATED} more settings; the report says what each guarantees")
+
+
+def _status(line: Mapping[str, Any]) -> str:
+    """`ok 3/5` where not every batch was answered."""
+    counts = {k: v for k, v in (line.get("batches") or {}).items() if k != "missing"}
+    part = line["status"] == "ok" and counts.get("ok") and len(counts) > 1
+    return f"ok {counts['ok']}/{sum(counts.values())}" if part else str(line["status"])
 
 
 def _any(lines: Sequence[Mapping[str, Any]], metric: str) -> bool:
-    return any(metric in (line.get("scores") or {}) for line in lines)
+    return any(metric in (line.get("scores_all") or line.get("scores") or {}) for line in lines)
 
 
 def axis_value(value: Any) -> str:
@@ -141,8 +169,9 @@ def axis_value(value: Any) -> str:
 
 
 def scored(line: Mapping[str, Any], metric: str) -> str:
-    """`97 [93, 100]` in percent, or a dash."""
-    return _shown((line.get("scores") or {}).get(metric), metric)
+    """`97 [93, 100]` in percent over all batches; in brackets where it is of best guesses alone; or a dash."""
+    shown = _shown(_study.best(line, metric), metric)
+    return f"({shown})" if line["status"] == "budget_exhausted" and shown != "–" else shown
 
 
 def _shown(score: Mapping[str, Any] | None, metric: str, signed: bool = False) -> str:

@@ -41,7 +41,8 @@ class Place:
     layer: str
     defense: str
     attack: str
-    other: str  #: every other axis but the seed
+    other: str  #: every other axis but the seed and the control
+    control: str = ""  #: which control this cell is; empty for the attack itself
 
     @property
     def cell(self) -> str:
@@ -68,9 +69,27 @@ class Place:
         return (self.line.get("select") or {}).get("share")
 
     def score(self, metric: str) -> Mapping[str, Any] | None:
-        """`{mean, low, high, n}`, or None where this cell has no such number."""
-        found = (self.line.get("scores") or {}).get(metric)
-        return found if found and found.get("mean") is not None else None
+        """`{mean, low, high, n}` over all batches of a cell that has an answer, else None.
+
+        Batches without an answer count by the best guess or as nothing recovered, so that an attack which answers only
+        where it is easy gains nothing by it.
+        """
+        return best(self.line, metric) if self.status == "ok" else None
+
+    def guess(self, metric: str) -> Mapping[str, Any] | None:
+        """The same of a cell whose every search ended without an answer: what its best guesses score."""
+        return best(self.line, metric) if self.status == "budget_exhausted" else None
+
+    @property
+    def answered(self) -> tuple[int, int]:
+        """Batches with an answer, and batches attacked."""
+        counts = {k: v for k, v in (self.line.get("batches") or {}).items() if k not in ("missing", "failed")}
+        return counts.get("ok", 0), sum(counts.values())
+
+    @property
+    def seconds(self) -> float | None:
+        """The attack's CPU seconds a batch."""
+        return (self.line.get("seconds") or {}).get("attack_cpu")
 
     def mean(self, metric: str) -> float:
         """The score's mean, of a cell that has one."""
@@ -80,9 +99,20 @@ class Place:
         return float(score["mean"])
 
 
+def best(line: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
+    """A cell line's score over all batches, or over its answers where a run is too old to say; None without either."""
+    found = (line.get("scores_all") or line.get("scores") or {}).get(metric)
+    return found if found and found.get("mean") is not None else None
+
+
 def places(runs: Sequence[Run]) -> list[Place]:
     """Every cell of every run, in the order of the runs and of their sweeps."""
     settled = [(run, line, settle(run.recipe, line.get("axes") or {})) for run in runs for line in run.lines]
+    for _, line, setting in settled:
+        # Noise calculated from an epsilon stands in the guarantee alone.
+        defense, noise = _block(setting, "defense"), (line.get("privacy") or {}).get("noise_multiplier")
+        if defense.get("noise_multiplier", noise) is None and noise is not None:
+            setting["defense"] = {**defense, "noise_multiplier": noise}
     defenses = _words.labels(_block(setting, "defense") or {"kind": "none"} for _, _, setting in settled)
     attacks = _words.labels(_block(setting, "attack") for _, _, setting in settled)
     several = len(runs) > 1
@@ -90,7 +120,7 @@ def places(runs: Sequence[Run]) -> list[Place]:
     for run, line, setting in settled:
         select = _block(setting, "select")
         axes = line.get("axes") or {}
-        rest = [f"{k} {_words.number(v)}" for k, v in axes.items() if k.split(".")[0] not in _NAMED and k != "seed"]
+        rest = [f"{k} {_words.number(v)}" for k, v in axes.items() if k.split(".")[0] not in _NAMED]
         rest += [f"{k} {_words.number(v)}" for k, v in axes.items() if k.startswith("select.") and k not in _PLACED]
         found.append(
             Place(
@@ -102,12 +132,13 @@ def places(runs: Sequence[Run]) -> list[Place]:
                 defense=defenses[_words.key(_block(setting, "defense") or {"kind": "none"})],
                 attack=attacks[_words.key(_block(setting, "attack"))],
                 other=", ".join(([run.name] if several else []) + rest),
+                control="" if axes.get("control") in (None, "none") else str(axes["control"]),
             )
         )
     return found
 
 
-_NAMED = frozenset({"select", "defense", "attack"})
+_NAMED = frozenset({"select", "defense", "attack", "seed", "control"})
 _PLACED = frozenset({"select.layers", "select.components", "select.target_modules", "select"})
 
 

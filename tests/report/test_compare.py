@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import folders
@@ -70,3 +71,46 @@ def test_table_of_nothing_and_of_failures(tmp_path: Path) -> None:
     report.print_table(report.compare([failed]), text)
     assert "no cells" in text.getvalue()
     assert "boom [red]x[/]" in text.getvalue()
+
+
+def test_controls_give_gains_paired_by_batch(tmp_path: Path) -> None:
+    made = folders.recipe({"select.layers": [[0]], "control": ["none", "wrong_update", "no_gradient", "replay"]})
+
+    def level(axes, batch):
+        if axes["control"] == "no_gradient":
+            return ("no_signal", None, "its spectrum has no edge")
+        return ("ok", {"none": 0.9, "wrong_update": 0.3}.get(axes["control"]), None)
+
+    folder = folders.write(tmp_path / "run", made, level, 4)
+    path = folder / "results-0.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        if line["status"] == "no_signal":  # a refusal brought nothing back
+            line["guess"] = dict.fromkeys(("rouge1", "exact_match"), 0.0)
+        if line["cell"].endswith("3"):
+            line |= {"scores": None, "details": {"replay": {"unexplained": 2e-13}}}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    own, *controls = report.compare([folder])
+    assert own["gain"]["wrong_update"]["scores"]["rouge1"]["mean"] == pytest.approx(0.6)
+    assert own["gain"]["no_gradient"]["scores"]["rouge1"] == {"mean": 0.9, "low": 0.9, "high": 0.9, "n": 4}
+    assert own["gain"]["no_gradient"]["status"] == "no_signal"
+    assert not any("gain" in line for line in controls)
+    text = io.StringIO()
+    report.print_table([own, *controls], text)
+    assert "exact_match over wrong_update" in text.getvalue()
+    assert "at the true input unexplained 2e-13" in text.getvalue()
+
+
+def test_a_cell_answered_in_part_is_shown_by_all_its_batches(tmp_path: Path) -> None:
+    level = lambda axes, batch: ("ok", 1.0, None) if batch else ("budget_exhausted", None, "late")  # noqa: E731
+    folder = folders.write(tmp_path / "run", folders.recipe({}), level, 4)
+    path = folder / "results-0.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines[0]["guess"] = {"exact_match": 0.0, "rouge1": 0.4}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (line,) = report.compare([folder])
+    assert (line["scores"]["exact_match"]["mean"], line["scores_all"]["exact_match"]["mean"]) == (1.0, 0.75)
+    text = io.StringIO()
+    report.print_table([line], text)
+    assert "ok 3/4" in text.getvalue()
+    assert "75 [" in text.getvalue()
