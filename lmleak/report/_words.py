@@ -182,6 +182,16 @@ def labels(blocks: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return found
 
 
+def guarantees(privacies: Iterable[Mapping[str, Any] | None]) -> list[str]:
+    """Each distinct guarantee in words: of one release, then of the training run it is a step of."""
+    told: dict[str, None] = {}
+    for privacy in privacies:
+        words = [(privacy or {}).get("statement"), ((privacy or {}).get("training") or {}).get("statement")]
+        if words[0]:
+            told[" ".join(str(part) for part in words if part)] = None
+    return list(told)
+
+
 def is_block(value: Any) -> bool:
     """Whether a swept value is a whole `{kind: ...}` block."""
     return isinstance(value, Mapping) and "kind" in value

@@ -50,3 +50,16 @@ def test_the_table_and_the_page_show_them(folder):
     assert "a token against its nearest substitute" in page
     assert "adds no Gaussian noise" in page
     assert "bert.encoder.layer.0.attention.self.key" in page
+
+
+def test_a_training_run_is_stated_under_the_table_and_on_the_page(tmp_path):
+    defense = [{"kind": "dp_sgd", "epsilon": epsilon, "steps": 20} for epsilon in (1.0, 8.0)]
+    made = runs.run({**RECIPE, "measures": [], "sweep": {"defense": defense}}, run_dir=tmp_path / "run", quiet=True)
+    text = io.StringIO()
+    report.print_table(report.compare([made.path]), text)
+    assert text.getvalue().count("privacy: This single release") == 2
+    assert "A training run of 20 steps at this noise" in text.getvalue()
+    page = report.write([made.path]).read_text(encoding="utf-8")
+    assert "Whole training run" in page
+    assert "epsilon 8" in page
+    assert "σ –" not in page
