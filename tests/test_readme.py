@@ -14,7 +14,7 @@ import pytest
 from lmleak import registry
 
 README = Path(__file__).parents[1] / "README.md"
-ROOMS = {"attacks": "Attack", "defenses": "Defense", "metrics": "Metric"}
+ROOMS = {"attacks": "Attack", "defenses": "Defense", "measures": "Measure, without any attack", "metrics": "Metric"}
 TABLE = "<!-- {room}: written by tests/test_readme.py -->\n{body}\n<!-- end -->"
 
 

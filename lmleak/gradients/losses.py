@@ -7,12 +7,21 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
-def forward(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits of the model, [b, classes] or [b, s, v]; no key/value cache is built."""
+def forward(module: nn.Module, inputs: Mapping[str, Tensor], parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Logits of the model, [b, classes] or [b, s, v]; no key/value cache is built.
+
+    Args:
+        module: the model.
+        inputs: keyword arguments of its forward.
+        parameters: used in place of the model's own of these names, which stay as they are.
+    """
     cache = {"use_cache": False} if "use_cache" in _defaults(module) else {}
-    return module(**inputs, **cache).logits
+    if parameters is None:
+        return module(**inputs, **cache).logits
+    return functional_call(module, dict(parameters), (), {**inputs, **cache}).logits
 
 
 def _defaults(module: nn.Module) -> dict:
