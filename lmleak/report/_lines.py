@@ -182,6 +182,11 @@ def scored(line: Mapping[str, Any], metric: str) -> str:
     return f"({shown})" if line["status"] == "budget_exhausted" and shown != "–" else shown
 
 
+def difference(score: Mapping[str, Any] | None, metric: str) -> str:
+    """`+42 [30, 55]` in points, or a dash."""
+    return _shown(score, metric, signed=True)
+
+
 def _shown(score: Mapping[str, Any] | None, metric: str, signed: bool = False) -> str:
     if not score or score.get("mean") is None:
         return "–"

@@ -32,6 +32,7 @@ METRICS = {
     "token_accuracy": "token accuracy",
     "ssim": "SSIM",
     "psnr": "PSNR, dB",
+    "seconds": "CPU seconds",
 }
 STATUSES = {
     "not_applicable": "n/a",

@@ -17,7 +17,19 @@ import jinja2
 from markupsafe import Markup
 
 from lmleak.errors import RunError
-from lmleak.report import _chart, _diff, _headline, _heat, _lines, _measured, _palette, _store, _study, _words
+from lmleak.report import (
+    _chart,
+    _controls,
+    _diff,
+    _headline,
+    _heat,
+    _lines,
+    _measured,
+    _palette,
+    _store,
+    _study,
+    _words,
+)
 from lmleak.report._study import Place, Run
 
 OPEN_ROWS = 40  #: a longer table is folded
@@ -79,11 +91,13 @@ def _put(path: Path, text: str) -> None:
 
 def page(runs: Sequence[Run]) -> str:
     """The HTML page."""
-    cells = _study.places(runs)
+    every = _study.places(runs)
+    cells = [place for place in every if not place.control]  # a control is shown beside its cell, never as a finding
     metrics = _study.metrics(cells)
     main = metrics[0] if metrics else None
     moving = _study.varying(cells)
-    shown = [m for m in ("exact_match", "rougeL", "token_accuracy", "ssim", "psnr") if m in metrics] or metrics[:3]
+    usual: tuple[str, ...] = ("exact_match", "rouge1", "rouge2", "token_accuracy", "ssim", "psnr")
+    shown = [*([m for m in usual if m in metrics] or metrics[:3] or usual[:1]), _heat.SECONDS]
     charted = next((m for m in ("rougeL", "rouge1", *metrics) if m in metrics), None)
     several = len({p.seed for p in cells}) > 1
     leaks = main is not None and any((p.score(main) or {"mean": 0})["mean"] > 0 for p in cells)
@@ -94,10 +108,7 @@ def page(runs: Sequence[Run]) -> str:
         headline=_headline.headline(cells, main),
         notes=_headline.notes(cells, main),
         facts=_facts(runs, cells),
-        maps=[
-            (m, _words.metric_name(m), _heat.legend(m), _heat.panels(cells, m)[:_MAPS])
-            for m in shown or ["exact_match"]
-        ]
+        maps=[(m, _words.metric_name(m), _heat.legend(m, cells), _heat.panels(cells, m)[:_MAPS]) for m in shown]
         if cells
         else [],
         panels=PANELS,
@@ -107,12 +118,14 @@ def page(runs: Sequence[Run]) -> str:
         names={
             (p.run.name, p.cell): _study.describe(p, moving or ["component", "layer"])
             + (f" · seed {p.seed}" if several else "")
-            for p in cells
+            for p in every
         },
         open_rows=OPEN_ROWS,
         open_examples=OPEN_EXAMPLES,
         examples=_examples(cells, main),
         private=_private(cells),
+        controlled=_controls.table(every, main),
+        replayed={(p.run.name, p.cell): _controls.replayed(p.line) for p in every},
         measured=_measured.tables(cells),
         unclipped=any(_kind(p) == "gaussian_noise" for p in cells),
         charts=_chart.charts(cells, charted) if charted else [],
@@ -132,6 +145,7 @@ def _template() -> jinja2.Template:
     )
     made.filters.update(
         score=_lines.scored,
+        gain=_lines.difference,
         percent=_words.percent,
         share=_words.share,
         seconds=_words.seconds,
@@ -241,17 +255,18 @@ def table(runs: Sequence[Run]) -> str:
     axes = list(dict.fromkeys(axis for p in cells for axis in p.line.get("axes") or {}))
     metrics = _study.metrics(cells)
     head = ["run", "cell", "status", "reason", *axes, "share"]
-    head += [f"{m}{end}" for m in metrics for end in ("", "_low", "_high", "_n")]
+    head += [f"{m}{end}" for m in metrics for end in ("", "_low", "_high", "_n", "_all")]
     head += ["attack_cpu_seconds", "total_seconds", "epsilon", "delta"]
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(_plain(name) for name in head)
     for p in cells:
-        scores = [p.score(m) or {} for m in metrics]
+        answers, every = p.line.get("scores") or {}, p.line.get("scores_all") or {}
+        scores = [{**(answers.get(m) or {}), "all": (every.get(m) or {}).get("mean")} for m in metrics]
         time, privacy = p.line.get("seconds") or {}, p.line.get("privacy") or {}
         row = [p.run.name, p.cell, p.status, p.line.get("reason")]
         row += [_axis((p.line.get("axes") or {}).get(axis)) for axis in axes]
-        row += [p.share, *(score.get(end) for score in scores for end in ("mean", "low", "high", "n"))]
+        row += [p.share, *(score.get(end) for score in scores for end in ("mean", "low", "high", "n", "all"))]
         row += [time.get("attack_cpu"), time.get("total"), privacy.get("epsilon"), privacy.get("delta")]
         rows.writerow(_plain(value) for value in row)
     return text.getvalue()

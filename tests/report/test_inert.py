@@ -91,7 +91,7 @@ def test_page_refuses_script_and_network(tmp_path: Path) -> None:
     assert {"http-equiv": "Content-Security-Policy", "content": policy} in metas
     assert "://" not in html
     assert "@import" not in html
-    assert set(re.findall(r"url\(([^)]*)\)", html)) == {"#hatch"}
+    assert set(re.findall(r"url\(([^)]*)\)", html)) == {"#dots", "#hatch"}
 
 
 def test_control_and_bidi_characters_are_pictures(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -76,8 +77,8 @@ def test_heat_map_tells_zero_from_no_score_from_not_run(tmp_path: Path) -> None:
     drawn = re.search(r'<svg class="map".*?</svg>', html(folder), re.S)[0]
     groups = re.findall(r'<g class="(cell[^"]*)"><title>(.*?)</title>(<rect.*?)</g>', drawn, re.S)
     assert [(kind, re.findall(r">([^<>]+)</text>", body)) for kind, _, body in groups] == [
-        ("cell", ["0"]),
-        ("cell", ["0"]),
+        ("cell", ["0", "0.1s"]),
+        ("cell", ["0", "0.1s"]),
         ("cell none not_applicable", ["n/a"]),
     ]
     assert all('class="h0"' in body for kind, _, body in groups[:2])
@@ -211,3 +212,53 @@ def test_cells_that_answered_in_part_are_listed(tmp_path: Path) -> None:
     section = html(folders.write(tmp_path / "run", folders.recipe({}), level, 4)).split('<section id="failures">')[1]
     assert "ok in part" in section
     assert "1 of 4 batches no_signal: the gradient is zero" in section
+
+
+def test_heat_map_tells_the_ways_of_not_answering_apart(tmp_path: Path) -> None:
+    made = folders.recipe({"select.layers": [[0], [1], [2], [3]]})
+    statuses = ["ok", "not_applicable", "no_signal", "budget_exhausted"]
+
+    def level(axes, batch):
+        layer = axes["select.layers"][0]
+        if layer == 0 and batch:
+            return ("budget_exhausted", None, "late")
+        return (statuses[layer], 1.0 if layer == 0 else None, None if layer == 0 else "why")
+
+    folder = folders.write(tmp_path / "run", made, level, 4)
+    path = folder / "results-0.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        if line["status"] != "ok":
+            came = 0.4 if line["status"] == "budget_exhausted" else 0.0
+            line["guess"] = {"rouge1": came, "exact_match": 0.0}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    text = html(folder)
+    drawn = re.findall(r'<svg class="map".*?</svg>', text, re.S)
+    cells = [re.findall(r'<g class="(cell[^"]*)"><title>.*?</title>(.*?)</g>', one, re.S) for one in drawn]
+    words = [[(kind, *re.findall(r">([^<>]+)</text>", body)) for kind, body in one] for one in cells]
+    exact, rouge, seconds = words[0], words[1], words[-1]
+    assert exact == [
+        ("cell", "25", "0.1s"),  # one of four answered: not 100
+        ("cell none not_applicable", "n/a"),
+        ("cell none no_signal", "no", "signal"),
+        ("cell none budget_exhausted", "budget", "(0)"),
+    ]
+    assert rouge[3] == ("cell none budget_exhausted", "budget", "(40)")
+    assert seconds[0] == ("cell", "0.1s")
+    assert seconds[3] == ("cell", "0.1s")
+    assert [kind for kind, *_ in seconds[1:3]] == ["cell none not_applicable", "cell none no_signal"]
+    assert '<path class="corner"' in drawn[0]
+    assert headline(text) == (
+        "Anyone who sees the gradient of one query matrix of layer 0 (0.65 % of the model) reads 1 of 4 sentences word "
+        "for word."
+    )
+
+
+def test_controls_stand_beside_their_cell_and_are_no_finding(tmp_path: Path) -> None:
+    made = folders.recipe({"control": ["none", "wrong_update"]})
+    level = lambda axes, batch: ("ok", 0.0 if axes["control"] == "none" else 1.0, None)  # noqa: E731
+    text = html(folders.write(tmp_path / "run", made, level, 4))
+    assert "word for word" not in headline(text)
+    section = text.split('<section id="controls">')[1].split("</section>")[0]
+    assert "wrong_update" in section
+    assert "−100" in section
