@@ -67,9 +67,6 @@ def _difference(place: Place, base: Place | None) -> dict[str, Any] | None:
 _STATED = 6  #: guarantees told under a table; a study of 20 noise levels would fill two screens
 
 
-_STATED = 6  #: guarantees told under a table; a study of 20 noise levels would fill two screens
-
-
 def print_table(lines: Sequence[Mapping[str, Any]], file: IO[str] | None = None) -> None:
     """Prints lines of `compare` or of a run: axes, scores in percent with 95 % intervals, CPU seconds, share.
 
@@ -145,11 +142,6 @@ def print_table(lines: Sequence[Mapping[str, Any]], file: IO[str] | None = None)
     for (status, reason), where in reasons.items():
         which = where[0] if len(where) == 1 else f"{len(where)} cells"
         console.print(Text(_words.visible(f"{status}: {which}: {reason}")[:500]))
-    stated = _words.guarantees(line.get("privacy") for line in lines)
-    for words in stated[:_STATED]:
-        console.print(Text(_words.visible(f"privacy: {words}")))
-    if len(stated) > _STATED:
-        console.print(f"privacy: {len(stated) - _STATED} more settings; the report says what each guarantees")
     stated = _words.guarantees(line.get("privacy") for line in lines)
     for words in stated[:_STATED]:
         console.print(Text(_words.visible(f"privacy: {words}")))
