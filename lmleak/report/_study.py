@@ -113,11 +113,6 @@ def places(runs: Sequence[Run]) -> list[Place]:
         defense, noise = _block(setting, "defense"), (line.get("privacy") or {}).get("noise_multiplier")
         if defense.get("noise_multiplier", noise) is None and noise is not None:
             setting["defense"] = {**defense, "noise_multiplier": noise}
-    for _, line, setting in settled:
-        # Noise calculated from an epsilon stands in the guarantee alone.
-        defense, noise = _block(setting, "defense"), (line.get("privacy") or {}).get("noise_multiplier")
-        if defense.get("noise_multiplier", noise) is None and noise is not None:
-            setting["defense"] = {**defense, "noise_multiplier": noise}
     defenses = _words.labels(_block(setting, "defense") or {"kind": "none"} for _, _, setting in settled)
     attacks = _words.labels(_block(setting, "attack") for _, _, setting in settled)
     several = len(runs) > 1
