@@ -6,20 +6,20 @@ Ebrahimi et al. 2018, 1712.06751); only the most promising changes of each kind 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from lmleak.attacks._energy import Energy
+from lmleak.attacks._energy_heads import HeadEnergy
 
 
 class Search:
     """Descends from given sentences, remembers every sentence it has scored."""
 
-    def __init__(self, energy: Energy, words: Tensor, first: int, last: int, ridge: float, shortlist: int):
+    def __init__(self, energy: Energy | HeadEnergy, words: Tensor, first: int, last: int, ridge: float, shortlist: int):
         self.energy, self.words, self.ridge, self.shortlist = energy, words, ridge, shortlist
         self.places = range(first, last)  #: free positions
+        self.rows = energy.table[words]
         self.scores: dict[tuple[int, ...], float] = {}
         self.local: set[tuple[int, ...]] = set()  #: sentences that no shortlisted change improves
 
@@ -41,7 +41,7 @@ class Search:
         while self.energy.evaluations < limit and sentence not in self.local:
             slope = self._slope(sentence)
             for changes in (self._replaced(sentence, slope, pool), self._reordered(sentence, slope, pool)):
-                better = self._best(sentence, list(changes))
+                better = self._best(sentence, changes)
                 if better != sentence:
                     break
             else:
@@ -50,19 +50,19 @@ class Search:
         return sentence
 
     def _best(self, current: tuple[int, ...], changed: list[tuple[int, ...]]) -> tuple[int, ...]:
-        """The best of the changes, or of the helpful ones made together."""
-        if not changed:
-            return current
+        """The best of the changes, or of the helpful ones made together.
+
+        All are evaluated: to stop at the first helpful block of 32 costs fewer sentences a step and ends in more local
+        minima (ffn_out of layer 3, 13 words: 100 s without an answer instead of 59 s with one).
+        """
         here = self.scores[current]
-        ranked = sorted(zip(self.score(changed), changed, strict=True))
-        if ranked[0][0] >= here:
+        helpful = sorted(pair for pair in zip(self.score(changed), changed, strict=True) if pair[0] < here)
+        if not helpful:
             return current
         joint, together = list(current), []
         touched: set[int] = set()
-        for value, other in ranked:
+        for _, other in helpful:
             places = {i for i, (a, b) in enumerate(zip(current, other, strict=True)) if a != b}
-            if value >= here:
-                break
             if not places & touched:
                 touched |= places
                 for i in places:
@@ -78,15 +78,22 @@ class Search:
         self.energy.evaluations += 2
         return slope[0]
 
-    def _replaced(self, sentence: tuple[int, ...], slope: Tensor, pool: Tensor) -> Iterator[tuple[int, ...]]:
+    def _replaced(self, sentence: tuple[int, ...], slope: Tensor, pool: Tensor) -> list[tuple[int, ...]]:
+        """Shortlisted replacements, lowest first-order estimate first."""
         table = self.energy.table
+        prices = slope[self.places.start : self.places.stop] @ self.rows.T
+        near, nearest = prices.topk(min(self.shortlist, len(self.words)), -1, largest=False)
+        ranked = []
         for row, place in enumerate(self.places):
-            near = (table[self.words] @ slope[place]).topk(min(self.shortlist, len(self.words)), largest=False).indices
             own = pool[row].unique()
-            own = own[(table[own] @ slope[place]).argsort()[: self.shortlist]]
-            for token in dict.fromkeys(self.words[near].tolist() + own.tolist()):
-                if token != sentence[place]:
-                    yield (*sentence[:place], token, *sentence[place + 1 :])
+            price = table[own] @ slope[place]
+            order = price.argsort()[: self.shortlist]
+            here = float(table[sentence[place]] @ slope[place])
+            choice = dict(zip(own[order].tolist(), price[order].tolist(), strict=True))
+            choice |= dict(zip(self.words[nearest[row]].tolist(), near[row].tolist(), strict=True))
+            choice.pop(sentence[place], None)
+            ranked += [(cost - here, place, token) for token, cost in choice.items()]
+        return [(*sentence[:place], token, *sentence[place + 1 :]) for _, place, token in sorted(ranked)]
 
     def _reordered(self, sentence: tuple[int, ...], slope: Tensor, pool: Tensor) -> list[tuple[int, ...]]:
         """Swaps, moves, and deletions with an insertion elsewhere, shortlisted by their estimate."""

@@ -19,8 +19,8 @@ from lmleak.records import Entry, Observation, Victim
 CHUNK = 128  #: sentences evaluated at once
 
 
-class _Reached(Exception):
-    """The last observed module has its input: nothing behind it is computed."""
+class Reached(Exception):
+    """All that is wanted was seen: nothing behind it is computed."""
 
 
 @dataclass(frozen=True)
@@ -92,20 +92,24 @@ class Energy:
         def hook(owner: nn.Module, args: tuple) -> None:
             self._seen[owner] = args[0]
             if len(self._seen) == count:
-                raise _Reached
+                raise Reached
 
         return hook
 
     def inputs(self, embeds: Tensor) -> list[Tensor]:
         """Input of every site's module, [k, n, d] each; embeds [k, n, width] are word embeddings without position."""
         self._seen.clear()
+        with suppress(Reached):
+            self.forward(embeds)
+        return [self._seen[self.victim.module.get_submodule(s.entry.module)].float() for s in self.sites]
+
+    def forward(self, embeds: Tensor) -> None:
+        """Runs the model on word embeddings [k, n, width], for hooks to see; `Reached` passes through."""
+        self.evaluations += len(embeds)
         places = torch.arange(embeds.shape[1], device=embeds.device) + self.offset
         # DistilBERT adds its positions by itself and takes no argument for them.
         given = {} if self.victim.kind == "distilbert" else {"position_ids": places.expand(len(embeds), -1)}
-        with suppress(_Reached):
-            self.victim.module(inputs_embeds=embeds, **given)
-        self.evaluations += len(embeds)
-        return [self._seen[self.victim.module.get_submodule(s.entry.module)].float() for s in self.sites]
+        self.victim.module(inputs_embeds=embeds, **given)
 
     def __call__(self, embeds: Tensor, ridge: float | Tensor) -> tuple[Tensor, Tensor]:
         """Energy [k] and its residual part by position [k, n]; ridge is one number, or one for every sentence [k]."""

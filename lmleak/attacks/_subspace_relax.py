@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lmleak.attacks._energy import Energy
+from lmleak.attacks._energy_heads import HeadEnergy
 from lmleak.attacks._text import Frame
 
 
@@ -55,7 +56,7 @@ def framed(body: Tensor, frame: Frame) -> Tensor:
 
 
 def relax(
-    energy: Energy,
+    energy: Energy | HeadEnergy,
     frame: Frame,
     free: int,
     words: Tensor,
@@ -93,7 +94,7 @@ def relax(
     for step in range(schedule.steps):
         # Tokens of no weight anywhere leave: the products with the table then cost nothing beside the model.
         if step in (schedule.steps * 3 // 10, schedule.steps * 6 // 10):
-            width = 800 if step < schedule.steps // 2 else 100
+            width = 2000 if step < schedule.steps // 2 else 200
             keep = logits.flatten(0, 1).topk(min(width, len(words)), -1).indices.unique()
             words, logits = words[keep], logits[..., keep]
         part = table[words]
@@ -106,6 +107,6 @@ def relax(
         energy.evaluations += 2 * k  # a backward pass costs about two forward ones
         slope = torch.nn.functional.normalize(slope[:, start:stop], dim=-1) @ part.T
         logits = logits - schedule.rate * slope / slope.std(-1, keepdim=True).clamp_min(1e-12)
-        if step % 10 == 9 and 2 * step > schedule.steps and done(Pool(words, logits).sentences(frame)):
+        if step % 5 == 4 and 2 * step > schedule.steps and done(Pool(words, logits).sentences(frame)):
             break
     return Pool(words, logits)

@@ -14,14 +14,14 @@ from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from lmleak.attacks import span
-from lmleak.attacks._discrete import Search
 from lmleak.attacks._energy import Energy, Site, site
+from lmleak.attacks._energy_heads import Heads, heads
 from lmleak.attacks._rowspace import describe, dropped_out, known_input, matrix, weights
 from lmleak.attacks._subspace_batch import BatchSearch, Deflated, admitted, batch_site, batch_space
-from lmleak.attacks._subspace_relax import Pool, Schedule, relax
+from lmleak.attacks._subspace_relax import Schedule
+from lmleak.attacks._subspace_sentence import RIDGE, SentenceSearch
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
 from lmleak.records import Entry, Knowledge, Observation, Reconstruction, Victim
 
@@ -29,7 +29,6 @@ Positive = Annotated[int, Field(gt=0)]
 Number = Annotated[float, Field(gt=0)]
 
 COMPONENTS = ("attn_query", "attn_key", "attn_value", "attn_output", "ffn_in", "ffn_out")
-RIDGE = 1e-4  #: of the discrete energy: above float32's rounding of X X^T, below what separates sentences
 
 EXAMPLE = {
     "fields": {"budget": 3000},
@@ -44,7 +43,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: Positive = 100  #: of mirror descent a round
+    steps: Positive = 30  #: of mirror descent a round
     restarts: Positive = 4  #: a round, as one batch
     rate: Number = 0.5  #: step of the log-probabilities, in standard deviations of the slope over the vocabulary
     ridge: Number = 0.1  #: what the boldest restart begins with; each further one with less
@@ -93,7 +92,13 @@ def attack(
         read = _read(observation, knowledge, victim, generator, energy, frame, length)
         if read is not None:
             return read
-        return _Attack(config, energy, victim, frame, length, generator, progress).run(details)
+        found = [heads(victim, observation, one.entry, length) for one in whole]
+        known = [one for one in found if one is not None]
+        first = [one for one, where in zip(found, whole, strict=True) if one is not None and where.entry.layer == 0]
+        read = _by_heads(victim, energy, first, frame, length, details)
+        if read is not None:
+            return read
+        return SentenceSearch(config, energy, known, victim, frame, length, generator, progress).run(details)
 
 
 def _batch(
@@ -181,6 +186,20 @@ def _read(
     return replace(answer, confidence=(1.0 - 0.5 * verdict,), details=details)
 
 
+def _by_heads(
+    victim: Victim, energy: Energy, first: list[Heads], frame: Frame, length: int, details: dict
+) -> Reconstruction | None:
+    """Layer 0's attention output needs no search either: its values are known for every word and position."""
+    layer = known_input(victim)
+    if not first or layer is None or layer.position is None:
+        return None
+    tokens = first[0].read(layer, length)
+    verdict = energy.verdict(torch.tensor(tokens, device=energy.table.device))
+    if verdict >= 1:
+        return None
+    return sentence(victim, [tokens], [1.0 - 0.5 * verdict], details | {"verdict": verdict, "length": length})
+
+
 def _length(victim: Victim, sites: list[Site], knowledge: Knowledge) -> tuple[int, list[Site], str]:
     """Tokens of the sentence, and the modules in which every one of them carries gradient; else why there is none."""
     layers = victim.module.config.num_hidden_layers
@@ -203,88 +222,3 @@ def _length(victim: Victim, sites: list[Site], knowledge: Knowledge) -> tuple[in
     if granted is not None and whole and granted != length:
         return 0, [], f"the rank shows {length} tokens, but {granted} are granted: the gradient is of another sentence"
     return length, whole, why
-
-
-class _Attack:
-    """State of one search for one sentence."""
-
-    def __init__(
-        self,
-        config: Config,
-        energy: Energy,
-        victim: Victim,
-        frame: Frame,
-        length: int,
-        generator: torch.Generator,
-        progress: Callable[[str], None],
-    ):
-        self.config, self.energy, self.victim, self.frame = config, energy, victim, frame
-        self.generator, self.progress = generator, progress
-        self.length, self.free = length, length - frame.size
-        self.words = vocabulary(victim).to(energy.table.device)
-        first = len(frame.first)
-        self.search = Search(energy, self.words, first, first + self.free, RIDGE, config.shortlist)
-
-    def run(self, details: dict) -> Reconstruction:
-        config = self.config
-        schedule = Schedule(config.steps, config.restarts, config.rate, config.ridge, 0.1 * config.ridge)
-        best: tuple[float, tuple[int, ...]] | None = None
-        seen: Tensor | None = None
-        rounds, verdict = 0, float("inf")
-        while verdict >= 1 and (not rounds or self.energy.evaluations < config.budget):
-            hint, trust = self._trust(best[1]) if best else (None, None)
-            pool = relax(
-                self.energy, self.frame, self.free, self.words, schedule, self.generator, self._done, hint, trust
-            )
-            tokens = pool.best(4 * config.restarts)
-            seen = tokens if seen is None else torch.cat([seen, tokens], 1)
-            for start in self._starts(pool, best):
-                end = self.search.descend(start, seen, config.budget)
-                value = self.search.scores[end]
-                if best is None or value < best[0]:
-                    best, verdict = (value, end), self.energy.verdict(torch.tensor(end, device=seen.device))
-                    self.progress(f"energy {value:.3f}: {self._text(end)}")
-                if verdict < 1 or self.energy.evaluations >= config.budget:
-                    break
-            rounds += 1
-        assert best is not None
-        found = {"energy": best[0], "verdict": verdict, "rounds": rounds, "evaluations": self.energy.evaluations}
-        details = details | found | {"length": self.length}
-        if verdict < 1:
-            return sentence(self.victim, [best[1]], [1.0 - 0.5 * verdict], details)
-        why = f"not found: the best sentence misses the gradient's floor {verdict:.1f} times over"
-        confidence = [min(0.4, 0.5 / verdict)]
-        return sentence(self.victim, [best[1]], confidence, details, status="budget_exhausted", reason=why)
-
-    def _starts(self, pool: Pool, best: tuple[float, tuple[int, ...]] | None) -> list[tuple[int, ...]]:
-        """The two best of the restarts' likeliest sentences, and the best so far."""
-        rows = list(dict.fromkeys(tuple(row) for row in pool.sentences(self.frame).tolist()))
-        ranked = [row for _, row in sorted(zip(self.search.score(rows), rows, strict=True))]
-        return ranked[:2] + ([best[1]] if best else [])
-
-    def _trust(self, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The free tokens of a sentence, and a probability for each that falls with its residual's rank."""
-        ids = torch.tensor(tokens, device=self.energy.table.device)
-        with torch.no_grad():
-            residual = self.energy(self.energy.table[ids][None], RIDGE)[1][0]
-        start = len(self.frame.first)
-        free = residual[start : start + self.free]
-        rank = free.argsort().argsort().float() / max(1, self.free - 1)
-        return ids[start : start + self.free], 0.9 - 0.8 * rank
-
-    def _done(self, rows: Tensor) -> bool:
-        """Whether one of the sentences [k, n] is the answer."""
-        values = self.search.score([tuple(row) for row in rows.tolist()])
-        place = min(range(len(values)), key=values.__getitem__)
-        return values[place] < 0.5 and self.energy.verdict(rows[place]) < 1
-
-    def _text(self, tokens: tuple[int, ...]) -> str:
-        return self.victim.processor.decode(list(tokens), skip_special_tokens=True)
-
-
-def vocabulary(victim: Victim) -> Tensor:
-    """Token ids that may stand in a sentence: all but the special tokens and the tokenizer's unused slots."""
-    rows = victim.module.get_input_embeddings().weight.shape[0]
-    banned = set(victim.processor.all_special_ids)
-    banned |= {i for token, i in victim.processor.get_vocab().items() if token.startswith("[unused")}
-    return torch.tensor([i for i in range(rows) if i not in banned])

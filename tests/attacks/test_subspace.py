@@ -9,6 +9,7 @@ import torch
 
 from lmleak import attack, load_batches, observe, select
 from lmleak.attacks._energy import Energy, site
+from lmleak.attacks._energy_heads import HeadEnergy, heads
 from lmleak.attacks._subspace_batch import admitted, batch_site, batch_space
 from lmleak.attacks._text import special_frame
 from lmleak.records import Knowledge
@@ -19,7 +20,9 @@ def seen_at(victim, component, layer):
     return observe(victim, batch, select(victim, components=component, layers=layer, parameters="weight")), batch
 
 
-@pytest.mark.parametrize(("component", "layer"), [("attn_key", 0), ("attn_query", 1), ("ffn_in", 0)])
+@pytest.mark.parametrize(
+    ("component", "layer"), [("attn_key", 0), ("attn_query", 1), ("attn_output", 1), ("ffn_in", 0)]
+)
 def test_reads_a_sentence_off_one_matrix(minilm, component, layer):
     seen, batch = seen_at(minilm, component, layer)
     result = attack(seen, minilm, "subspace")
@@ -137,3 +140,28 @@ def test_a_ridge_for_every_sentence_is_that_sentence_s_own(minilm):
         both, _ = energy(embeds.expand(2, -1, -1), torch.tensor([0.1, 1e-4]))
         alone = torch.cat([energy(embeds, ridge)[0] for ridge in (0.1, 1e-4)])
     torch.testing.assert_close(both, alone, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("layer", [0, 2, 4])
+def test_an_attention_output_shows_its_values_head_by_head(minilm, layer):
+    seen, batch = seen_at(minilm, "attn_output", layer)
+    ids = batch.inputs["input_ids"][0]
+    one = heads(minilm, seen, seen.entries[0], len(ids))
+    embeds = minilm.module.get_input_embeddings().weight.detach()[torch.stack([ids, ids.flip(0)])]
+    caught = {}
+    hook = one.value.register_forward_hook(lambda module, args, out: caught.update(values=out))
+    with Energy(minilm, [site(minilm, seen, seen.entries[0])]).attached() as energy, torch.no_grad():
+        fast = HeadEnergy(energy, [one], contexts=False)(embeds, 1e-3)[0]
+    hook.remove()
+    slow = []
+    for values in caught["values"].double():
+        total = 0.0
+        for head, (basis, metric) in enumerate(zip(one.basis.double(), one.metric.double(), strict=True)):
+            x = values[:, 32 * head : 32 * (head + 1)] @ metric
+            x = x / x.norm(dim=1, keepdim=True)
+            p = x @ basis.T
+            inside = torch.linalg.inv(x @ x.T + 1e-3 * torch.eye(len(x)))
+            total += len(x) - p.square().sum() + 0.3 * (len(basis) - (p.T @ inside @ p).trace())
+        slow.append(total / 12)
+    torch.testing.assert_close(fast.double(), torch.stack(slow), rtol=1e-3, atol=1e-3)
+    assert fast[0] < 0.1 * fast[1]

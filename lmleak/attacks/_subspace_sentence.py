@@ -1,0 +1,131 @@
+"""One sentence from the row spaces of an encoder's modules: rounds of relaxation and descent until it explains them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lmleak.attacks._discrete import Search
+from lmleak.attacks._energy import Energy
+from lmleak.attacks._energy_heads import HeadEnergy, Heads
+from lmleak.attacks._subspace_relax import Pool, Schedule, relax
+from lmleak.attacks._text import Frame, sentence
+from lmleak.records import Reconstruction, Victim
+
+FRESH = 4  #: every so many rounds start over the whole vocabulary, those between over the tokens met so far
+HEADS_RIDGE = 10.0  #: of heads' values, which repeat each other more than inputs do, over that of inputs
+RIDGE = 1e-4  #: of the discrete energy: above float32's rounding of X X^T, below what separates sentences
+
+
+class Effort(Protocol):
+    """What of the attack's fields the search reads."""
+
+    steps: int
+    restarts: int
+    rate: float
+    ridge: float
+    shortlist: int
+    budget: int
+
+
+class SentenceSearch:
+    """State of one search for one sentence."""
+
+    def __init__(
+        self,
+        config: Effort,
+        energy: Energy,
+        heads: list[Heads],
+        victim: Victim,
+        frame: Frame,
+        length: int,
+        generator: torch.Generator,
+        progress: Callable[[str], None],
+    ):
+        self.config, self.energy, self.victim, self.frame = config, energy, victim, frame
+        self.coarse = HeadEnergy(energy, heads, contexts=False) if heads else energy
+        self.generator, self.progress = generator, progress
+        self.length, self.free = length, length - frame.size
+        self.words = vocabulary(victim).to(energy.table.device)
+        first = len(frame.first)
+        fine = HeadEnergy(energy, heads, contexts=True) if heads else energy
+        self.search = Search(fine, self.words, first, first + self.free, RIDGE, config.shortlist)
+
+    def run(self, details: dict) -> Reconstruction:
+        config = self.config
+        ridge = config.ridge * (HEADS_RIDGE if self.coarse is not self.energy else 1)
+        schedule = Schedule(config.steps, config.restarts, config.rate, ridge, 0.1 * ridge)
+        best: tuple[float, tuple[int, ...]] | None = None
+        seen: Tensor | None = None
+        rounds, verdict = 0, float("inf")
+        while verdict >= 1 and (not rounds or self.energy.evaluations < config.budget):
+            hint, trust = self._trust(best[1]) if best else (None, None)
+            fresh = seen is None or rounds % FRESH == 0
+            words = self.words if seen is None or fresh else seen.unique()
+            pool = relax(
+                self.coarse,
+                self.frame,
+                self.free,
+                words,
+                schedule if fresh else replace(schedule, restarts=2 * config.restarts),
+                self.generator,
+                self._done,
+                hint,
+                trust,
+            )
+            tokens = pool.best(4 * config.restarts)
+            seen = tokens if seen is None else torch.cat([seen, tokens], 1)
+            for start in self._starts(pool, best):
+                end = self.search.descend(start, seen, config.budget)
+                value = self.search.scores[end]
+                if best is None or value < best[0]:
+                    best, verdict = (value, end), self.energy.verdict(torch.tensor(end, device=seen.device))
+                    self.progress(f"energy {value:.3f}: {self._text(end)}")
+                if verdict < 1 or self.energy.evaluations >= config.budget:
+                    break
+            rounds += 1
+        assert best is not None
+        found = {"energy": best[0], "verdict": verdict, "rounds": rounds, "evaluations": self.energy.evaluations}
+        details = details | found | {"length": self.length}
+        if verdict < 1:
+            return sentence(self.victim, [best[1]], [1.0 - 0.5 * verdict], details)
+        why = f"not found: the best sentence misses the gradient's floor {verdict:.1f} times over"
+        confidence = [min(0.4, 0.5 / verdict)]
+        return sentence(self.victim, [best[1]], confidence, details, status="budget_exhausted", reason=why)
+
+    def _starts(self, pool: Pool, best: tuple[float, tuple[int, ...]] | None) -> list[tuple[int, ...]]:
+        """The two best of the restarts' likeliest sentences, and the best so far."""
+        rows = list(dict.fromkeys(tuple(row) for row in pool.sentences(self.frame).tolist()))
+        ranked = [row for _, row in sorted(zip(self.search.score(rows), rows, strict=True))]
+        return ranked[:2] + ([best[1]] if best else [])
+
+    def _trust(self, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The free tokens of a sentence, and a probability for each that falls with its residual's rank."""
+        ids = torch.tensor(tokens, device=self.energy.table.device)
+        with torch.no_grad():
+            residual = self.search.energy(self.energy.table[ids][None], RIDGE)[1][0]
+        start = len(self.frame.first)
+        free = residual[start : start + self.free]
+        rank = free.argsort().argsort().float() / max(1, self.free - 1)
+        return ids[start : start + self.free], 0.9 - 0.8 * rank
+
+    def _done(self, rows: Tensor) -> bool:
+        """Whether one of the sentences [k, n] is the answer."""
+        values = self.search.score([tuple(row) for row in rows.tolist()])
+        place = min(range(len(values)), key=values.__getitem__)
+        return values[place] < 0.5 and self.energy.verdict(rows[place]) < 1
+
+    def _text(self, tokens: tuple[int, ...]) -> str:
+        return self.victim.processor.decode(list(tokens), skip_special_tokens=True)
+
+
+def vocabulary(victim: Victim) -> Tensor:
+    """Token ids that may stand in a sentence: all but the special tokens and the tokenizer's unused slots."""
+    rows = victim.module.get_input_embeddings().weight.shape[0]
+    banned = set(victim.processor.all_special_ids)
+    banned |= {i for token, i in victim.processor.get_vocab().items() if token.startswith("[unused")}
+    return torch.tensor([i for i in range(rows) if i not in banned])
