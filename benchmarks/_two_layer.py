@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from lmleak.attacks._rowspace import matrix, weights
 from lmleak.attacks._text import special_frame
@@ -60,21 +61,39 @@ class TwoLayer:
             out.append((x - (x @ space.T) @ space).norm(dim=-1))
         return torch.cat(out)
 
+    @torch.no_grad()
+    def continued(self, prefix: list[int], tokens: Tensor) -> Tensor:
+        """Distance at layer 1 of every token [n] as a decoder's prefix's next, [n]; the prefix is run once."""
+        module, out = self.victim.module, []
+        for part in tokens.split(CHUNK):
+            cache = DynamicCache(config=module.config)
+            reached(module, self.modules[1], torch.tensor([prefix]), 0, cache)
+            cache.batch_repeat_interleave(len(part))
+            x = reached(module, self.modules[1], part[:, None], len(prefix), cache)[:, 0]
+            x = x / x.norm(dim=-1, keepdim=True)
+            out.append((x - (x @ self.spaces[1].T) @ self.spaces[1]).norm(dim=-1))
+        return torch.cat(out)
+
     def tokens(self, place: int) -> Tensor:
         """Distance of every token of the vocabulary at a position, from layer 0, [v]."""
         return self.distances(0, self.vocabulary[:, None], place)[:, 0]
 
 
-def reached(module: nn.Module, until: nn.Module, ids: Tensor, first: int) -> Tensor:
-    """The input [n, s, d] of `until` when sentences `ids` [n, s] are run that far."""
+def reached(module: nn.Module, until: nn.Module, ids: Tensor, first: int, cache: DynamicCache | None = None) -> Tensor:
+    """The input [n, s, d] of `until` when sentences `ids` [n, s], behind what `cache` holds, are run that far."""
 
     def stop(_: nn.Module, args: tuple) -> None:
         raise Stop(args[0])
 
     handle = until.register_forward_pre_hook(stop)
     places = torch.arange(first, first + ids.shape[1]).expand(len(ids), -1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones(len(ids), first + ids.shape[1], dtype=torch.long)}
+    if cache is None:  # a single token at its place, or a whole sentence: nothing before it
+        inputs["attention_mask"] = torch.ones_like(ids)
+    else:
+        inputs |= {"past_key_values": cache, "use_cache": True}
     try:
-        module(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places)
+        module(**inputs, position_ids=places)
     except Stop as reached_it:
         return reached_it.args[0]
     finally:
@@ -196,7 +215,7 @@ def _noisy_decoder(attack: TwoLayer, length: int) -> list[list[int]]:
     for place in range(1, length):
         near = attack.tokens(place).argsort()[:most].tolist()
         rows = torch.tensor([[*row, token] for row in live for token in near])
-        distance = attack.distances(1, rows)[:, -1]
+        distance = torch.cat([attack.continued(row, torch.tensor(near)) for row in live])
         live = rows[distance.argsort()[: attack.size]].tolist()
     return live
 

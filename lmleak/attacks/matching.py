@@ -26,6 +26,11 @@ LABEL_PROBES = 32  #: random embeddings under which every assignment of labels i
 PRUNED = 32  #: reorderings scored at once, the least surprising first
 MAX_LABELS = 256  #: label assignments tried at most (a batch of 8 with 2 classes has 9)
 
+#: Everyday English, for the size of the embeddings of everyday words.
+TEXT = (
+    "The people who live in the old house by the river went to see a film last night, and they did not like it at all."
+)
+
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 #: An easy case, for the contract tests.
@@ -52,7 +57,7 @@ class Config(BaseModel):
     lr_decay_every: Positive = 50
     inits: Positive = 500  #: random embeddings tried for every restart
     permutations: Count = 500  #: orders tried of the best of them
-    norm_weight: Annotated[float, Field(ge=0)] = 1.0  #: pull of the mean embedding norm to the table's
+    norm_weight: Annotated[float, Field(ge=0)] = 1.0  #: pull of the mean embedding norm to that of words in a text
     alpha: Annotated[float, Field(ge=0)] = 0.01  #: weight of tag's L1 term
     moves: Count = 200  #: reorderings scored at every discrete step; 0 turns them off
     moves_every: Positive = 75
@@ -119,7 +124,7 @@ class _Search:
         self.frame, self.generator, self.prior = frame, generator, prior
         self.table = victim.module.get_input_embeddings().weight.detach()
         self.unit = torch.nn.functional.normalize(self.table, dim=1)
-        self.level = float(self.table.norm(dim=1).mean())
+        self.level = self._level()
         special = sorted(set(victim.processor.all_special_ids))
         self.banned = torch.tensor([i for i in special if i < len(self.table)], device=self.table.device)
         layout = objective.layout
@@ -133,6 +138,15 @@ class _Search:
             for place, token in known.items():
                 self.fixed[i, place], self.given[i, place] = True, token
             self.spans.append((len(frame.first), length - len(frame.last)))
+
+    def _level(self) -> float:
+        """Mean embedding norm of words in a text: in the table of a trained GPT-2 the rare and long ones outweigh them.
+
+        A 4-layer one's table has a mean of 3.8, text 0.9: 150 steps from and to the table's read 22 % of 9 tokens, from
+        and to the text's 39 %, at half the distance. MiniLM's means are 1.07 and 1.05.
+        """
+        tokens = self.victim.processor(TEXT, add_special_tokens=False)["input_ids"]
+        return float((self.table[tokens] if tokens else self.table).norm(dim=1).mean())
 
     def labels(self, knowledge: Knowledge) -> Tensor | None:
         """[restarts, b] classes; None where labels are the tokens themselves.
@@ -189,7 +203,7 @@ class _Search:
         return torch.where(self.fixed[..., None], self.table[self.given], embeds)
 
     def _start(self, labels: Tensor | None, row: int) -> Tensor:
-        """Best of `inits` random embeddings, then of `permutations` of it, at the table's mean norm; [b, s, d]."""
+        """Best of `inits` random embeddings, then of `permutations` of it, at the mean norm of a text; [b, s, d]."""
         config = self.config
         start = self._first(self._drawn(config.inits), labels, row)
         if config.permutations:
@@ -275,12 +289,8 @@ class _Search:
         score = float(scores[best])
         # Only the cosine objective has a scale: 0 is a perfect match, 1 an orthogonal one.
         confidence = max(0.0, 1.0 - score) if self.config.objective == "cosine" else 0.0
-        details: dict[str, Any] = {
-            "objective": score,
-            "restart": best,
-            "restarts": len(scores),
-            "steps": self.config.steps,
-        }
+        steps = self.config.steps
+        details: dict[str, Any] = {"objective": score, "restart": best, "restarts": len(scores), "steps": steps}
         if labels is not None:
             details["labels"] = labels[best].tolist()
         return sentence(self.victim, rows, [confidence] * len(rows), details)

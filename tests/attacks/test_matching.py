@@ -49,3 +49,12 @@ def test_plain_gradients_lead_to_the_same_sentence(tiny_bert):
     other = attack(seen, tiny_bert, "matching", derivative="finite_difference", **fields)
     assert other.details["objective"] == pytest.approx(one.details["objective"], abs=2e-3)
     assert other.tokens == one.tokens
+
+
+def test_starts_are_as_long_as_the_words_of_a_text(search, tiny_bert):
+    search, labels = search
+    words = tiny_bert.processor(matching.TEXT, add_special_tokens=False)["input_ids"]
+    with frozen(search.victim.module):
+        start = search._start(labels, 0)
+    length = search.table[words].norm(dim=1).mean()
+    torch.testing.assert_close(start[~search.fixed].norm(dim=-1).mean(), length)
