@@ -4,7 +4,8 @@ Both sides see the same candidates, the same observed gradient and the same cosi
 
 * the loop: for every candidate, `autograd.grad` of its loss with `create_graph=True`, the objective on dense gradients,
   and (in a step) the gradient of the objective with respect to the embeddings;
-* the factored side: `lmleak.attacks._objective.Objective`, all candidates in one forward and one (double) backward.
+* the factored side: `lmleak.attacks._objective.Objective`, all candidates in one forward and one (double) backward, or
+  in three plain ones (`derivative: finite_difference`, as fused attention needs).
 
 They run in one process, in turn, the order changing every round; times are CPU seconds, medians over the rounds. Peak
 memory (Linux) is that of a fresh process for each side, above model and observation.
@@ -121,6 +122,12 @@ def factored(
     return values.detach(), moves
 
 
+def plain(victim: Victim, objective: Objective, embeds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """lmleak's step without a double backward."""
+    with frozen(victim.module):
+        return objective.slope(embeds, labels, "finite_difference")
+
+
 def sides(victim: Victim, name: str, task: str) -> dict[str, Callable[[], tuple[Tensor, Tensor | None]]]:
     """What is timed, by name."""
     observation = client(victim, name)
@@ -131,6 +138,9 @@ def sides(victim: Victim, name: str, task: str) -> dict[str, Callable[[], tuple[
         "loop": lambda: loop(victim, observation, embeds, labels, step=step),
         "factored": lambda: factored(victim, objective, embeds, labels, step=step),
     }
+    if step:
+        # Three plain gradients instead of a double backward, as fused attention needs.
+        both["finite difference"] = lambda: plain(victim, objective, embeds, labels)
     both["truth"] = lambda: loop(victim, observation, embeds, labels, step=step, norm=accurate)
     if not step:
         # A loop that is written with care needs no graph to score; the published attacks build one.
