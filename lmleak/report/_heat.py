@@ -200,9 +200,11 @@ def _lines(x: float, y: float, width: float, height: float, texts: Sequence[str]
 
 
 def brief(value: float | None) -> str:
-    """CPU seconds in at most four letters: `0.1s`, `12s`, `3m`, `2h`."""
+    """CPU seconds in a few letters: `<0.1s`, `0.1s`, `12s`, `3m`, `2h`."""
     if value is None:
         return ""
+    if value < 0.05:
+        return "<0.1s"
     for limit, unit, size in ((99.5, "s", 1), (5970, "m", 60)):
         if value < limit:
             return f"{value / size:.1f}{unit}" if value < 9.95 else f"{value / size:.0f}{unit}"
