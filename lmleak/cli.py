@@ -241,6 +241,27 @@ def score(run_name: str) -> None:
 
 
 @main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line a defense on standard output.")
+def utility(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """What each defense of RECIPE costs: its model fine-tuned under it. The same command again resumes."""
+    from lmleak.runs import utility as trained
+
+    say = lambda text: click.echo(text, err=True)  # noqa: E731
+    folder, lines = trained.utility(recipe, overrides, root=_arguments.RUNS, said=say)
+    found = trained.summary(lines)
+    if as_json:
+        for line in found:
+            click.echo(json.dumps(line))
+    else:
+        from lmleak.report._trained import print_trained
+
+        print_trained(found)
+    click.echo(f"runs:   {folder / trained.RESULTS}", err=as_json)
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True)
 def env(as_json: bool) -> None:
     """Versions, devices and caches: what to paste into an issue."""

@@ -14,6 +14,7 @@ from lmleak.config.recipe import FIELDS, Recipe, check_name, expand, read_contro
 from lmleak.config.schema import short
 from lmleak.config.source import Key, Source, dotted, read
 from lmleak.config.sweep import cells, read_sweep
+from lmleak.config.utility import read_utility
 from lmleak.errors import RecipeError
 
 
@@ -42,11 +43,12 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     resolved, problems = resolve(data)
     sweep, wrong = read_sweep(data.get("sweep"))
     controls, unknown = read_controls(data.get("controls"))
+    utility, missing = read_utility(data.get("utility"))
     name = data.get("name", _file_safe(stem))
-    problems += [*wrong, *unknown, *check_name(name)]
+    problems += [*wrong, *unknown, *missing, *check_name(name)]
     if problems:
         raise RecipeError(_lines(found, problems))
-    recipe = Recipe(name=name, sweep=sweep, controls=controls, **resolved)
+    recipe = Recipe(name=name, sweep=sweep, controls=controls, utility=utility, **resolved)
     recipe._source = Source(found.name, data, found.places)
     cells(recipe)
     return recipe

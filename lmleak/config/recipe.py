@@ -16,7 +16,7 @@ from lmleak.errors import LmleakError, did_you_mean
 
 BLOCKS = ("model", "data", "defense", "attack")
 CELL_FIELDS = ("model", "data", "select", "defense", "attack", "metrics", "measures", "knowledge", "seed")
-FIELDS = (*CELL_FIELDS, "sweep", "controls", "name")
+FIELDS = (*CELL_FIELDS, "sweep", "controls", "utility", "name")
 #: what a study can be measured against; `lmleak.runs.controls` does them
 CONTROLS = ("wrong_update", "no_gradient", "replay")
 METRICS = ("rouge", "token_accuracy", "exact_match")
@@ -39,13 +39,16 @@ class Recipe(BaseModel):
     seed: int
     sweep: list[dict[str, list[Any]]] = []  #: products of axes; their union is the set of cells
     controls: list[str] = []  #: of CONTROLS; each adds a cell beside every cell
+    utility: dict[str, Any] | None = None  #: what `lmleak utility` trains; no cell's result depends on it
 
     _source: Source | None = PrivateAttr(None)
 
     @property
     def id(self) -> str:
         """12 hex digits that change whenever anything that can change a result does. The name is not such a thing."""
-        return digest(self.model_dump(exclude={"name"} if self.controls else {"name", "controls"}))
+        return digest(
+            self.model_dump(exclude={"name", "utility"} if self.controls else {"name", "utility", "controls"})
+        )
 
     def place(self, *key: str | int) -> str:
         """Where a key stands: `path:line:col`, or the override that set it."""
@@ -82,7 +85,7 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
-        fields = self.model_dump(exclude={"sweep"})
+        fields = self.model_dump(exclude={"sweep"} if self.utility else {"sweep", "utility"})
         if self.sweep:
             fields["sweep"] = self.sweep[0] if len(self.sweep) == 1 else self.sweep
         return dump(fields)
