@@ -131,9 +131,13 @@ def privacy(config: Config, batch_size: int) -> dict[str, Any]:
         "rdp_epsilon": rdp_epsilon(noise, config.delta) if noisy else None,
         "statement": _statement(config, epsilon, batch_size),
         "training": training(noise, config.sample_rate, config.steps, config.delta, batch_size / config.sample_rate)
-        if config.steps > 1 or config.sample_rate < 1
+        if _in_a_run(config)
         else None,
     }
+
+
+def _in_a_run(config: Config) -> bool:
+    return config.steps > 1 or config.sample_rate < 1
 
 
 def _statement(config: Config, epsilon: float, batch_size: int) -> str:
@@ -149,6 +153,7 @@ def _statement(config: Config, epsilon: float, batch_size: int) -> str:
     samples = "1 sample" if batch_size == 1 else f"{batch_size} samples"
     return (
         f"This single release of a batch of {samples} is ({epsilon:.3g}, {config.delta:g})-differentially private for "
-        f"adding or removing one sample (batch size public, no subsampling). {scope} A training run releases many "
-        "times and spends more." + meaning(epsilon, config.delta, batch_size)
+        f"adding or removing one sample (batch size public, no subsampling). {scope}"
+        + ("" if _in_a_run(config) else " A training run releases many times and spends more.")
+        + meaning(epsilon, config.delta, batch_size)
     )

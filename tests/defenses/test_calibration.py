@@ -74,6 +74,7 @@ def test_what_means_little_is_said():
     loud = dp_sgd.privacy(dp_sgd.Config(noise_multiplier=0.01), 1)["statement"]
     assert "no guarantee" in loud
     assert "no guarantee" not in dp_sgd.privacy(dp_sgd.Config(noise_multiplier=1.0), 1)["statement"]
+    assert "spends more" in loud
     coarse = dp_sgd.Config(noise_multiplier=1.0, delta=0.01, sample_rate=0.1, steps=5)
     assert "1,000" in dp_sgd.privacy(coarse, 100)["training"]["statement"]
     clipped = dp_sgd.privacy(dp_sgd.Config(noise_multiplier=0.0, steps=5), 1)["training"]
