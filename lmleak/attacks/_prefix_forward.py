@@ -62,27 +62,31 @@ class _Shared(DynamicCache):
 
 
 class Reader:
-    """Runs the victim's body up to one module. Use inside `frozen` and `no_grad`; counts the tokens it evaluates."""
+    """Runs the victim's body up to the last of the modules. Use inside `frozen` and `no_grad`; counts tokens run."""
 
-    def __init__(self, module: PreTrainedModel, name: str):
+    def __init__(self, module: PreTrainedModel, *names: str):
         self.body = module.base_model
-        self.target = module.get_submodule(name)
+        self.targets = [module.get_submodule(name) for name in names]
         self.evaluated = 0
 
     def read(self, prefixes: Sequence[Prefix], tokens: Tensor) -> Tensor:
-        """The module's input at candidates. `prefixes` have one length; tokens [prefixes, k] -> [prefixes, k, d]."""
+        """The first module's input. `prefixes` have one length; tokens [prefixes, k] -> [prefixes, k, d]."""
+        return self.read_all(prefixes, tokens)[0]
+
+    def read_all(self, prefixes: Sequence[Prefix], tokens: Tensor) -> list[Tensor]:
+        """Every module's input at candidates, as `read`."""
         many, count = tokens.shape
         side = min(SIDE, count)
         rows = -(-count // side)
         padded = torch.nn.functional.pad(tokens, (0, rows * side - count), value=int(tokens[0, 0]))
         out, _ = self._run(prefixes, rows, padded.reshape(many * rows, side))
         self.evaluated += many * count
-        return out.reshape(many, rows * side, -1)[:, :count]
+        return [x.reshape(many, rows * side, -1)[:, :count] for x in out]
 
     def pairs(self, pairs: Tensor) -> Tensor:
         """Inputs of the module at the first two positions: pairs [k, 2] -> [k, 2, d]."""
         self.evaluated += pairs.numel()
-        return torch.cat([self._run((), 1, part, causal=True)[0] for part in pairs.split(2 * SIDE)])
+        return torch.cat([self._run((), 1, part, causal=True)[0][0] for part in pairs.split(2 * SIDE)])
 
     def extend(self, prefix: Prefix, token: int) -> Prefix:
         """The prefix with one more token."""
@@ -98,14 +102,17 @@ class Reader:
     def device(self) -> torch.device:
         return next(self.body.parameters()).device
 
-    def _run(self, prefixes: Sequence[Prefix], rows: int, ids: Tensor, causal: bool = False) -> tuple[Tensor, Cache]:
+    def _run(
+        self, prefixes: Sequence[Prefix], rows: int, ids: Tensor, causal: bool = False
+    ) -> tuple[list[Tensor], Cache]:
         n, side = ids.shape
         length = len(prefixes[0].tokens) if prefixes else 0
-        caught: list[Tensor] = []
+        caught: dict[nn.Module, Tensor] = {}
 
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            caught.append(args[0])
-            raise _Stop
+            caught[module] = args[0]
+            if len(caught) == len(self.targets):
+                raise _Stop
 
         dtype = next(self.body.parameters()).dtype
         hidden = torch.full((side, side), torch.finfo(dtype).min, dtype=dtype, device=ids.device)
@@ -113,7 +120,7 @@ class Reader:
         mask = torch.cat([hidden.new_zeros(side, length), hidden], 1)
         places = torch.arange(side, device=ids.device).expand(n, -1) if causal else torch.full_like(ids, length)
         shared = _Shared(prefixes, rows)
-        handle = self.target.register_forward_pre_hook(stop)
+        handles = [target.register_forward_pre_hook(stop) for target in self.targets]
         try:
             self.body(
                 input_ids=ids,
@@ -125,5 +132,6 @@ class Reader:
         except _Stop:
             pass
         finally:
-            handle.remove()
-        return caught[0], shared.new
+            for handle in handles:
+                handle.remove()
+        return [caught[target] for target in self.targets], shared.new

@@ -51,11 +51,12 @@ class Guess:
             return ff, fx, self.weight
         return ff + KEEP * self.slope[0], fx + KEEP * self.slope[1], self.weight
 
-    def project(self, basis: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, basis: Tensor, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Predicted features' coordinates as parts that add up.
 
         Args:
             basis: [r, d] orthonormal rows.
+            without: [n, d] orthonormal rows whose share of a feature does not count as length.
 
         Returns:
             [slots, v, r + SKETCH] each token's contribution in each slot, centred on the sample; [r + SKETCH] constant;
@@ -64,6 +65,9 @@ class Guess:
         d, f = len(self.sum_x), len(self.sum_f)
         draw = torch.Generator().manual_seed(0)
         sketch = torch.randn(d, SKETCH, generator=draw).to(self.words) / SKETCH**0.5
+        if without is not None:
+            without = without.to(self.words)
+            sketch = sketch - without.T @ (without @ sketch)
         onto = torch.cat([basis.T.to(self.words), sketch], 1)
         mean_f, mean_x = self.sum_f / self.count, self.sum_x / self.count
         gram, cross, weight = self.centred()

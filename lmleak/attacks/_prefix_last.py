@@ -29,6 +29,7 @@ def last_token(
     tokens: Sequence[int],
     delta: Tensor,
     predicted: int,
+    batches: int = 16,
 ) -> tuple[int, float, float]:
     """The token behind `tokens` that the loss at their last position was computed with.
 
@@ -39,6 +40,7 @@ def last_token(
         tokens: the sentence without its last token.
         delta: [d_out] output gradient at the last of `tokens`.
         predicted: tokens of the batch that carry loss, which its mean divides by.
+        batches: of SHORTLIST tokens, at most, whose whole output gradient is compared.
 
     Returns:
         token, its mismatch |difference| / |observed|, and the runner-up's.
@@ -68,7 +70,7 @@ def last_token(
         wanted = mean - predicted * delta.to(mean)
         (pushed,) = torch.autograd.grad(pulled, weight, wanted, retain_graph=True)  # J wanted
         rows = head.weight.detach()
-        ranked = (rows @ pushed / rows.norm(dim=1).clamp_min(1e-30)).argsort(descending=True)[: 16 * SHORTLIST]
+        ranked = (rows @ pushed / rows.norm(dim=1).clamp_min(1e-30)).argsort(descending=True)[: batches * SHORTLIST]
         parts = []
         for short in ranked.split(SHORTLIST):
             each = torch.autograd.grad(final, probe, rows[short], is_grads_batched=True, retain_graph=True)[0]

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lmleak.attacks._prefix_forward import Prefix, Reader
 from lmleak.attacks._prefix_guess import Guess, best_pairs, outside
+from lmleak.attacks._prefix_pairs import Alternation, meeting
 from lmleak.attacks._rowspace import RowSpace
 
 FIRST = 512  #: candidates run before the first fit, half in the prior's order and half drawn from the vocabulary
 WIDTH = 2048  #: tokens a slot that a pair is made of, at first
-LOOK = 64  #: best predicted candidates that a fit must offer before more are run
 
 
 @dataclass
@@ -61,12 +61,15 @@ class Search:
         pools: Callable[[int], Tensor | None],
         first: int | None,
         progress: Callable[[tuple[int, ...]], None],
+        separate: bool = False,
     ):
         """Args: words: [v, f] unit embeddings; order: [v] tokens, likely ones first; pools: position -> allowed
-        tokens; first: what every sentence begins with, where that is known."""
+        tokens; first: what every sentence begins with, where that is known; separate: the module reads single tokens
+        (layer 0), whatever stands before them."""
         self.reader, self.space, self.kind, self.words, self.order = reader, space, kind, words, order
         self.batch_size, self.budget, self.generator, self.pools = batch_size, budget, generator, pools
-        self.progress = progress
+        self.progress, self.separate = progress, separate
+        self.alternation: Alternation | None = None
         self.root = Node(Prefix())
         self.first = first
         self.found = 0
@@ -224,10 +227,17 @@ class Search:
         root = self.root
         v, device = len(self.words), self.words.device
         goal = len(self.leaves()) - root.leaf + want
+        if self.separate:
+            self.test_pairs(meeting(self.reader, self.space, v, max(64, 4 * self.batch_size), self.generator))
+            return
         seen: set[tuple[int, int]] = set()
-        allowance = 8 * allowance
+        allowance = 8 * min(allowance, 4 * FIRST)
         step = 4 * FIRST
-        while len(self.leaves()) - root.leaf < goal and self.found < self.space.rank and root.spent < allowance:
+
+        def missing() -> bool:
+            return len(self.leaves()) - root.leaf < goal and self.found < self.space.rank
+
+        while missing() and root.spent < allowance:
             if root.guess is None:
                 pairs = torch.stack([self.draw(step), self.draw(step)], 1)
             else:
@@ -235,12 +245,21 @@ class Search:
                 width = min(v, WIDTH * max(1, root.spent // (8 * FIRST)))
                 pairs = best_pairs(parts, constant, width, 2 * step + len(seen))
                 fresh = [pair for pair in pairs.tolist() if tuple(pair) not in seen][: step // 4]
+                if not fresh:
+                    break
                 pairs = torch.tensor(fresh, device=device)
-                if not len(pairs):
-                    return
             seen.update(map(tuple, pairs.tolist()))
             for part in pairs.split(FIRST):
                 self.test_pairs(part)
+        if missing() and self.alternation is None:
+            self.alternation = Alternation(self.words, self.order, self.generator)
+        while missing() and self.alternation is not None and self.alternation.next(self.pair_residuals, self.space):
+            pass
+
+    def pair_residuals(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Tests pairs [k, 2]; features [k, d] and residuals [k]."""
+        out = [self.test_pairs(part) for part in pairs.split(FIRST)]
+        return torch.cat([x for x, _ in out]), torch.cat([r for _, r in out])
 
     def draw(self, count: int) -> Tensor:
         """Tokens with repetition, half of them from the prior's most likely ones, shuffled."""
@@ -250,7 +269,8 @@ class Search:
         mixed = torch.cat([self.order[likely.to(self.words.device)], any_])
         return mixed[torch.randperm(count, generator=self.generator).to(mixed.device)]
 
-    def test_pairs(self, pairs: Tensor) -> None:
+    def test_pairs(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs pairs [k, 2] and keeps those whose feature lies in the space; features and residuals."""
         root = self.root
         x = self.reader.pairs(pairs)
         feature = x[:, 1] - x[:, 0] if self.kind == "differences" else x[:, 1]
@@ -274,3 +294,4 @@ class Search:
             root.nearest = min(root.nearest, float(rejected.min()))
         if self.reader.evaluated > self.budget:
             raise Exhausted
+        return feature, residual

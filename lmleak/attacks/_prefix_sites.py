@@ -27,9 +27,19 @@ class Site:
     layer: int
     kind: Literal["all", "but_first", "differences"]
 
+    @property
+    def first(self) -> bool:
+        """Whether it reads layer 0's attention input: single tokens, no prefixes."""
+        return self.layer == 0 and READS[self.entries[0].component or ""] == "attention"
 
-def site(victim: Victim, observation: Observation) -> Site | str:
-    """The observed site that shows most at the least cost, or why there is none."""
+    @property
+    def query(self) -> Entry | None:
+        """The entry that holds the query's gradient."""
+        return next((e for e in self.entries if e.component in ("attn_query", "attn_qkv")), None)
+
+
+def sites(victim: Victim, observation: Observation) -> list[Site] | str:
+    """Every observed site whose inputs carry gradient, the cheapest forward first, or why there is none."""
     groups: dict[tuple[int, str], list[Entry]] = defaultdict(list)
     for entry in weights(observation):
         if entry.layer is not None and entry.component in READS:
@@ -37,33 +47,46 @@ def site(victim: Victim, observation: Observation) -> Site | str:
     if not groups:
         return "needs the weight gradient of a linear module inside a block"
     depth = Tree(victim.module, victim.family).depth
-    rotary = any("rotary" in name for name, _ in victim.module.named_modules())
-    usable = []
-    for (layer, reads), entries in groups.items():
+    out = []
+    for layer, reads in sorted(groups, key=lambda place: (place[0], STAGES.index(place[1]))):
+        entries = groups[layer, reads]
         if observation.task != "causal-lm" and layer == depth - 1:
             # The loss reads the last token only: behind the last attention the others carry no gradient.
             entries = [e for e in entries if e.component in ("attn_key", "attn_value", "attn_qkv")]
-        if not entries:
-            continue
-        usable.append((_kind(entries, rotary), layer, STAGES.index(reads), entries))
-    if not usable:
+        if entries:
+            lead = sorted(entries, key=lambda e: ("attn_value", "attn_qkv").count(e.component or "") == 0)
+            out.append(Site(lead[0].module, tuple(lead), layer, _kind(entries, rotary(victim))))
+    if not out:
         return (
             "in a classifier's last block only the pooled token carries loss behind the attention: the gradient has "
             "one row a sentence, and no prefix of it can be tested"
         )
+    return out
+
+
+def rotary(victim: Victim) -> bool:
+    """Whether positions enter inside the attention."""
+    return any("rotary" in name for name, _ in victim.module.named_modules())
+
+
+def site(victim: Victim, observation: Observation) -> Site | str:
+    """The observed site that shows most at the least cost, or why there is none."""
+    usable = sites(victim, observation)
+    if isinstance(usable, str):
+        return usable
     ranking = {"all": 0, "but_first": 1, "differences": 1}
-    # Layer 0's query, key and value read single tokens, so with several sentences they cannot tell whose a token is.
-    single = observation.batch_size == 1 and not rotary
-    usable.sort(key=lambda u: (ranking[u[0]], u[1] == u[2] == 0 and not single, u[1], u[2]))
-    kind, layer, stage, entries = usable[0]
-    if rotary and layer == 0 and stage == 0:
+    # Layer 0's query, key and value read single tokens: with several sentences prefixes are better tested elsewhere.
+    turned = rotary(victim)
+    single = observation.batch_size == 1 and not turned
+    best = min(usable, key=lambda u: (ranking[u.kind], u.first and not single))
+    if turned and best.first:
         return "layer 0 of this family reads no position: its row space holds the words, not their order (see span)"
-    if layer == 0 and stage == 0 and not single:
+    if best.first and not single and best.query is None and best.kind != "differences":
         return (
-            "layer 0's query, key and value read single tokens: with several sentences see span for each position's set"
+            "layer 0's value reads single tokens, and nothing in its gradient says which sentence they belong to: see "
+            "span for each position's set"
         )
-    lead = sorted(entries, key=lambda e: ("attn_value", "attn_qkv").count(e.component or "") == 0)
-    return Site(lead[0].module, tuple(lead), layer, kind)
+    return best
 
 
 def _kind(entries: list[Entry], rotary: bool) -> Literal["all", "but_first", "differences"]:

@@ -16,11 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from lmleak.attacks._objective import frozen
+from lmleak.attacks._prefix_bags import several
 from lmleak.attacks._prefix_first import first_token
 from lmleak.attacks._prefix_forward import Reader
 from lmleak.attacks._prefix_last import last_token
+from lmleak.attacks._prefix_noise import noised
 from lmleak.attacks._prefix_search import Exhausted, Node, Search
-from lmleak.attacks._prefix_sites import Site, site
+from lmleak.attacks._prefix_sites import Site, site, sites
 from lmleak.attacks._rowspace import RowSpace, describe, dropped_out, matrix, row_space
 from lmleak.attacks._text import refuse, sentence, special_frame
 from lmleak.records import Knowledge, Observation, Reconstruction, Status, Victim
@@ -32,6 +34,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_candidates: int = Field(3_000_000, ge=1, description="tokens run up to the module before the attack gives up")
+    beam: int = Field(4, ge=1, description="prefixes kept where the gradient is noised")
     prior: str | None = Field(
         None, description="a text file whose words are tried first; default: the vocabulary's own order"
     )
@@ -71,8 +74,28 @@ def attack(
     if isinstance(where, str):
         return refuse("not_applicable", where)
     space = row_space([matrix(victim.module, e, observation.gradients[e.name]) for e in where.entries])
-    if space.unreadable:
-        return refuse("no_signal", space.unreadable, describe(space))
+    if space.zero:
+        return refuse("no_signal", str(space.unreadable), describe(space))
+    if not space.rank or _noised(space):
+        usable = sites(victim, observation)
+        assert not isinstance(usable, str)  # `site` found one
+        words = _unit(victim)
+        surprise = torch.empty(len(words), device=words.device)
+        surprise[_order(victim, config.prior)] = 2 * torch.arange(len(words), device=words.device).add(10.0).log()
+        with frozen(victim.module), torch.no_grad():
+            return noised(
+                victim,
+                observation,
+                usable,
+                words,
+                surprise,
+                config.beam,
+                config.max_candidates,
+                generator,
+                lambda tokens: progress(victim.processor.decode(list(tokens))),
+            )
+    if where.first and observation.batch_size > 1 and where.query is not None:
+        return several(victim, observation, where, space)
     frame = special_frame(victim, knowledge)
     reader = Reader(victim.module, where.module)
     with frozen(victim.module), torch.no_grad():
@@ -86,19 +109,21 @@ def attack(
             config.max_candidates,
             generator,
             lambda place: None,
-            frame.first[0] if frame.first else None,
+            # Layer 0 reads the others whatever the first token is; `_first` finds that one in the end.
+            frame.first[0] if frame.first else (0 if where.first and where.kind == "but_first" else None),
             lambda tokens: progress(victim.processor.decode(list(tokens))),
+            separate=where.first,
         )
         spent = False
         try:
             search.run()
         except Exhausted:
             spent = True
-        return _answer(victim, observation, where, space, search, spent)
+        return _answer(victim, observation, where, space, search, spent, bool(frame.first))
 
 
 def _answer(
-    victim: Victim, observation: Observation, where: Site, space: RowSpace, search: Search, spent: bool
+    victim: Victim, observation: Observation, where: Site, space: RowSpace, search: Search, spent: bool, framed: bool
 ) -> Reconstruction:
     details = describe(space) | {
         "module": where.module,
@@ -115,7 +140,7 @@ def _answer(
     sentences, confidence = [], []
     why = f"{search.found} of {space.rank} rows explained after {search.reader.evaluated} candidates"
     texts, firsts = [list(leaf.prefix.tokens) for leaf in leaves], {}
-    if where.layer == 0 and where.kind == "but_first" and search.first is None:
+    if where.first and where.kind == "but_first" and not framed:
         for i, leaf in enumerate(leaves):
             texts[i][0], mismatch, second = _first(victim, observation, where, search, leaf)
             firsts[i] = 1 - mismatch / max(second, 1e-300)
@@ -196,6 +221,12 @@ def _path(root: Node, leaf: Node) -> Iterator[Node]:
         depth = len(node.prefix.tokens)
         node = next(c for c in node.children if c.prefix.tokens == leaf.prefix.tokens[: depth + 1])
         yield node
+
+
+def _noised(space: RowSpace) -> bool:
+    """Whether what lies behind the spectrum's edge is more than float32's rounding (1e-8 to 4e-7 of the first value,
+    measured): weak rows may hide in it."""
+    return len(space.spectrum) > space.rank and float(space.spectrum[space.rank]) > 1e-5 * float(space.spectrum[0])
 
 
 def _unit(victim: Victim) -> Tensor:

@@ -127,3 +127,26 @@ def test_another_models_gradient_gives_no_sentence(classifier, tmp_path):
     observation = observe(stranger, batch, select(stranger, components=["ffn_in"], layers=[1], parameters="weight"))
     result = attack(observation, classifier, "prefix")
     assert result.status == "no_signal"
+
+
+@pytest.mark.parametrize("component", ["attn_query", "attn_key", "attn_qkv"])
+@pytest.mark.parametrize("victim", ["classifier", "tiny_gpt2"])
+def test_layer_0_tells_whose_each_token_is(request, tmp_path, victim, component):
+    victim = request.getfixturevalue(victim)
+    batch = _batch(victim, tmp_path, ["Oslo", "They", "Run!"])
+    result = _run(victim, batch, component, 0)
+    assert result.status == "ok", result.reason
+    assert sorted(result.tokens) == sorted(batch.reference.tokens)
+
+
+def test_layer_0_says_when_repeated_words_hide_whose_they_are(classifier, tmp_path):
+    batch = _batch(classifier, tmp_path, ["Rain on Oslo.", "She sold it", "Run!"])
+    result = _run(classifier, batch, "attn_query", 0)
+    assert (result.status, result.tokens) == ("no_signal", ())
+    assert "words repeat" in result.reason
+
+
+def test_layer_0_value_of_several_sentences_is_not_applicable(classifier, tmp_path):
+    result = _run(classifier, _batch(classifier, tmp_path, ["Rain on Oslo.", "Nobody."]), "attn_value", 0)
+    assert result.status == "not_applicable"
+    assert "which sentence" in result.reason

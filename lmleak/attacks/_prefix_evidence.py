@@ -1,0 +1,163 @@
+"""What a noised weight gradient says of a module's next input: a profile likelihood, no rank and no threshold to set.
+
+The gradient is a matrix of low rank (one row a token) plus noise. Its noise level, and how many directions rise above
+it, follow from its own spectrum: the largest singular value of a pure noise matrix [o, d] is known (Tracy-Widom). If an
+input x is one of the rows, forcing x into the fitted rows costs little likelihood; the cost is the smallest root of a
+secular equation, in closed form for all candidates at once. Rows that are settled are projected out for good.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TAIL = 3.3  #: Tracy-Widom (beta 1) at 99.9 %: so far above its mean, in its own unit, is chance once in a thousand
+LEAN = 128  #: directions below the noise's edge that the screening of the whole vocabulary looks along
+HALVINGS = 40  #: of the interval that holds the secular equation's root: more than float32 resolves
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is left of one gradient's row space behind the settled rows."""
+
+    basis: Tensor  #: [r, d] orthonormal directions above the noise
+    strength: Tensor  #: [r] what turning each away costs: its energy without noise, squared, over its energy
+    settled: Tensor  #: [n, d] orthonormal
+
+
+class Evidence:
+    """One module's gradient [o, d] under noise."""
+
+    def __init__(self, gradient: Tensor):
+        g = gradient.double()
+        self.out, self.d = g.shape
+        self.gradient = g
+        # Squares lose half of float64's digits; noise that matters is above that.
+        wide = self.out < self.d
+        energy, vectors = torch.linalg.eigh(g @ g.T if wide else g.T @ g)
+        energy, vectors = energy.flip(0).clamp_min(0), vectors.flip(1)
+        self.noise, self.rank = noise_level(energy, self.out, self.d)
+        # The attacker's own forward rounds: a strong row that is off by so little leaves energy that is no other row's.
+        rounding = 4 * torch.finfo(torch.float32).eps * self.d**0.5
+        self.noise = max(self.noise, float(energy[0]) * rounding**2 / edge(self.out, self.d))
+        self.edge = edge(self.out, self.d) * self.noise
+        self.rank = min(self.rank, int((energy > self.edge).sum()))
+        top = vectors[:, : self.rank]
+        right = (g.T @ top / energy[: self.rank].sqrt()) if wide else top
+        self.scaled = right.T * energy[: self.rank].sqrt()[:, None]  # [r, d], the gradient without its tail
+        # Rows too weak to rise above the noise still lean towards its largest directions, and a row taken for another
+        # leaves some of the largest half explained.
+        wanted = self.rank + LEAN
+        near, kept = vectors[:, :wanted], energy[:wanted]
+        self.near = ((g.T @ near / kept.clamp_min(1e-300).sqrt()) if wide else near).T
+        rest = float(energy[wanted:].sum()) / max(1, self.d - wanted)
+        self.lean, self.rest = (kept - rest) / self.noise, rest / self.noise
+
+    def start(self) -> Rows:
+        """Nothing settled."""
+        return self._rows(self.scaled.new_zeros(0, self.d))
+
+    def settle(self, rows: Rows, x: Tensor) -> Rows:
+        """With the row x [d] settled: projected out, and with it one direction, if x explains one."""
+        new = _off(x.double(), rows.settled)
+        if float(new.norm()) <= 1e-9 * float(x.norm()):
+            return rows
+        return self._rows(torch.cat([rows.settled, (new / new.norm())[None]]))
+
+    def _rows(self, settled: Tensor) -> Rows:
+        _, values, right = torch.linalg.svd(_off(self.scaled, settled), full_matrices=False)
+        energy = values.square()
+        left = int((energy > self.edge).sum())
+        floor = self.noise * self.out
+        # The k-th direction is off by noise of variance sigma^2 E / (E - floor)^2 in every coordinate.
+        strength = (energy[:left] - floor).square() / energy[:left]
+        return Rows(right[:left], strength, settled)
+
+    def cost(self, rows: Rows, x: Tensor) -> Tensor:
+        """Likelihood lost by forcing x [..., d] into the rows, in units of -2 log p, about 0 for a true row.
+
+        One further row, beyond what rises above the noise, may also explain x; its price is what the best direction of
+        pure noise would gain, its reward the energy it finds (`gain`).
+        """
+        if not len(rows.basis):
+            return -self.gain(rows, x)
+        left = _off(x.double(), rows.settled)
+        coordinates = (left @ rows.basis.T).square()
+        turned = self.turn(rows, coordinates, (left.square().sum(-1) - coordinates.sum(-1)).clamp_min(0))
+        return torch.minimum(turned, self.extra - self.gain(rows, x))
+
+    @property
+    def extra(self) -> float:
+        """What the best direction of pure noise gains above the mean one."""
+        return 2.0 * (self.out * self.d) ** 0.5
+
+    def screen(self, rows: Rows, x: Tensor) -> Tensor:
+        """`cost`, up to a constant, to first order and in x's precision: good enough to sort by. x [k, d]."""
+        frame = torch.cat([rows.settled, rows.basis])
+        near = _off(_off(self.near, rows.settled), rows.basis)
+        n, r = len(rows.settled), len(rows.basis)
+        seen = (x @ torch.cat([frame, near]).to(x.dtype).T).square()
+        inside, outside = seen[:, n : n + r], (x.square().sum(-1) - seen[:, : n + r].sum(-1)).clamp_min(1e-12)
+        gain = (seen[:, n + r :] @ self.lean.to(x.dtype)) / outside + self.rest - self.out
+        if not r:
+            return -gain
+        return torch.minimum(self.turn(rows, inside, outside, roughly=True), self.extra - gain)
+
+    def turn(self, rows: Rows, coordinates: Tensor, outside: Tensor, *, roughly: bool = False) -> Tensor:
+        """Cost of turning the fitted rows onto x, less its mean for a true row.
+
+        Args:
+            rows: what is left.
+            coordinates: [..., r] squared coordinates of x in `rows.basis`.
+            outside: [...] squared length of the rest.
+            roughly: to first order, up to the weakest direction's strength; 40 times cheaper, good enough to sort by.
+        """
+        mean = self.d - len(rows.basis) - len(rows.settled)
+        if roughly:
+            small = outside / (coordinates @ rows.strength.reciprocal().to(coordinates)).clamp_min(1e-30)
+            return 1 / (1 / small.clamp_min(1e-30) + 1 / float(rows.strength.min())) / self.noise - mean
+        low, high = torch.zeros_like(outside), rows.strength.min().expand_as(outside).clone()
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            short = (coordinates / (rows.strength - middle[..., None])).sum(-1) * middle < outside
+            low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+        return high / self.noise - mean
+
+    def gain(self, rows: Rows, x: Tensor) -> Tensor:
+        """Energy of the gradient along what the fitted rows leave of x, above noise; mean 0 for a wrong row."""
+        left = _off(_off(x.double(), rows.settled), rows.basis)
+        return (left @ self.gradient.T).square().sum(-1) / left.square().sum(-1).clamp_min(
+            1e-300
+        ) / self.noise - self.out
+
+    @property
+    def tolerance(self) -> float:
+        """Four standard deviations of a true row's cost."""
+        return 4.0 * (2.0 * self.d) ** 0.5
+
+
+def _off(x: Tensor, frame: Tensor) -> Tensor:
+    return x - (x @ frame.T) @ frame
+
+
+def edge(out: int, d: int) -> float:
+    """Largest squared singular value that pure noise of variance 1 has, once in a thousand matrices [out, d]."""
+    a, b = out**0.5, d**0.5
+    return (a + b) ** 2 + TAIL * (a + b) * (1 / a + 1 / b) ** (1 / 3)
+
+
+def noise_level(energy: Tensor, out: int, d: int) -> tuple[float, int]:
+    """Variance of the noise and the number of directions above it, from squared singular values, descending."""
+    count, total, top = 0, energy.sum(), torch.cumsum(energy, 0)
+    most = min(out, d) // 2
+    while True:
+        rest = float(total - (top[count - 1] if count else 0.0))
+        variance = rest / ((out - count) * (d - count))
+        above = int((energy > variance * edge(out, d)).sum())
+        if above <= count:
+            return variance, count
+        if above > most:
+            return variance, 0
+        count = above
