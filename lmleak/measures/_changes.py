@@ -135,7 +135,8 @@ def _compared(
             cross = sum(_repeated(mine, len(part)).dot(use) for mine in base[name] for use in uses)
             other[name].append(squares)
             apart[name].append((norms[name] + squares - 2 * cross).clamp_min(0))
-    joined = [{name: torch.cat(parts) for name, parts in table.items()} for table in (other, apart)]
+    # Kept in float32, 1 MB a sentence of MiniLM: what is close to cancelling has been subtracted by now.
+    joined = [{name: torch.cat(parts).float() for name, parts in table.items()} for table in (other, apart)]
     return {name: float(norm) for name, norm in norms.items()}, joined[0], joined[1]
 
 

@@ -58,11 +58,15 @@ class Release:
     def moved(self, change: Change) -> dict[str, Tensor]:
         """d' of every candidate: |change of the release| / noise, by row of `modules`; [k], infinite without noise."""
         own_weights = self._weights(_alone(change), change)
-        other_weights = self._weights(change.other, change)
+        other_weights = self._weights({name: square.double() for name, square in change.other.items()}, change)
         squares = {}
         for entry in self.entries:
             a, b = own_weights[entry.name], other_weights[entry.name]
-            own, other, apart = change.own[entry.name], change.other[entry.name], change.apart[entry.name]
+            own, other, apart = (
+                change.own[entry.name],
+                change.other[entry.name].double(),
+                change.apart[entry.name].double(),
+            )
             # |a g - b g'|^2, written so that nothing cancels where g' is close to g.
             squares[entry.name] = (a - b) * (a * own - b * other) + a * b * apart
         return self._over_noise(squares)
