@@ -18,6 +18,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -78,7 +79,8 @@ def one(victim: Victim, batch: Batch, seen: Observation, fields: dict) -> dict:
     start = time.process_time()
     result = attack(seen, victim, "subspace", **fields)
     seconds = time.process_time() - start
-    scores = score(result, batch.reference, metrics=("rouge",))
+    # Guesses count as they are: `score` would give an attack that says it has not found everything nothing.
+    scores = score(replace(result, status="ok"), batch.reference, metrics=("rouge",))
     sure = {t for t, c in zip(result.tokens, result.confidence, strict=True) if c >= 0.5}
     return {
         "tokens": int(batch.inputs["attention_mask"].sum()),

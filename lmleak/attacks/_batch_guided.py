@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +23,19 @@ from lmleak.gradients.observe import observe
 from lmleak.records import Batch, Observation, Reference, Selection, Victim
 
 WIDTHS = (8, 32)  #: words tried at an open position: more only where fewer end short of the truth
-# By effort: lengths tried of a sketch, whether all words are tried in the end, and whether a relaxation is.
-EFFORTS = ((2, False, False), (4, True, False), (4, True, True))
+
+
+class Effort(NamedTuple):
+    """How hard a reading is tried."""
+
+    lengths: int  #: tried of a sketch
+    all_words: bool  #: whether every word is tried in the end, also where one is known
+    relaxing: bool
+    least: float  #: of `pairs`: a full stop with most of its gradient in one sentence passes for one that occurs once
+    most: float
+
+
+EFFORTS = (Effort(2, False, False, 0.7, 0.7), Effort(4, True, False, 0.9, 0.2), Effort(4, True, True, 0.97, 0.1))
 ELSEWHERE = 0.05  #: least share by which a word that seems to occur once is tried at another position
 
 
@@ -88,14 +100,16 @@ class Guided:
 
     def read(self) -> list[Sketch]:
         """What the sums left say of every missing sentence."""
-        read = pairs(self.sums, len(self.basis.tokens))
+        effort = EFFORTS[self.effort]
+        read = pairs(self.sums, len(self.basis.tokens), effort.least, effort.most)
         once = [i for i in read.once if i not in self.special and read.once[i] >= len(self.frame.first)]
         tokens = self.basis.tokens.tolist()
         weight = read.weight.clone()
         weight[:, self.special] = -1.0
         for i in once:
             weight[:, i] = torch.where(weight[:, i] > ELSEWHERE, weight[:, i], 1e-6)
-            weight[read.once[i], i] = -1.0  # its sentence is known
+            if not self.effort:
+                weight[read.once[i], i] = -1.0  # its sentence is known
         # Rests of sums are noisy about 0: what is not excluded stays possible.
         base = torch.where(weight < 0, 0.02 * (weight > -1), weight.clamp_min(0.02))
         base[:, once] = weight[:, once].clamp_min(0)
@@ -129,7 +143,7 @@ class Guided:
 
     def _search(self, outlines: list[Outline]) -> tuple[tuple[int, ...], float]:
         """The best end of the outlines, and its energy a token; accepted if it is true."""
-        lengths, all_words, relaxing = EFFORTS[self.effort]
+        lengths, all_words, relaxing, *_ = EFFORTS[self.effort]
         ends: list[tuple[float, int, tuple[int, ...]]] = []
 
         def descend(start: tuple[int, ...], i: int, widths: tuple[int, ...]) -> bool:
@@ -185,7 +199,11 @@ class Guided:
                 break
             words, values = [tokens[i] for i in order], [float(row[i]) for i in order]
             if place in sketch.own:
-                words, values = [sketch.own[place], *words], [1.0, *values]
+                own = sketch.own[place]
+                words, values = (
+                    [own, *(w for w in words if w != own)],
+                    [1.0, *(v for w, v in zip(words, values, strict=True) if w != own)],
+                )
             choices.append(tuple(words))
             shares.append(tuple(values))
         left = self.energy.left + int(self.energy.sites[0].centred)

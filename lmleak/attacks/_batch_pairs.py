@@ -21,7 +21,6 @@ from lmleak.models._input import InputLayer
 from lmleak.records import Entry, Victim
 
 RIDGE = 1e-2  #: of the regression of positions on words: single tokens keep 0.8 to 1 of themselves, others 0 to 0.6
-ONCE = 0.7
 PRESENT = 1e-3  #: share of the largest word's norm below which a word's gradients are rounding
 
 
@@ -84,8 +83,15 @@ class Pairs:
     sums: Tensor  #: [m, k]
 
 
-def pairs(sums: Tensor, words: int) -> Pairs:
-    """Regresses the positions' sums on the words'; then again without the words that occur once."""
+def pairs(sums: Tensor, words: int, least: float, most: float) -> Pairs:
+    """Regresses the positions' sums on the words'; then again without the words that occur once.
+
+    Args:
+        sums: [m + p, k] of words and positions.
+        words: m.
+        least: share of itself that a word leaves at its position if it occurs once.
+        most: share that it leaves at any other.
+    """
     of_words, of_places = sums[:words], sums[words:]
     norms = of_words.norm(dim=1)
     here = norms > PRESENT * norms.max()
@@ -94,7 +100,7 @@ def pairs(sums: Tensor, words: int) -> Pairs:
     top = weight.topk(min(2, len(weight)), 0)
     for i in here.nonzero().flatten().tolist():
         second = float(top.values[1, i]) if len(top.values) > 1 else 0.0
-        if top.values[0, i] > ONCE and second < ONCE:
+        if top.values[0, i] > least and second < most:
             once[i] = int(top.indices[0, i])
     if once:
         index = torch.tensor(list(once), device=sums.device)
