@@ -10,6 +10,7 @@ more pairs pass than the rank counts, and there is no answer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -20,7 +21,7 @@ from lmleak.attacks._objective import frozen
 from lmleak.attacks._prefix_first import first_token
 from lmleak.attacks._prefix_last import last_token
 from lmleak.attacks._prefix_sites import Site
-from lmleak.attacks._rowspace import RowSpace, describe, known_input, matrix
+from lmleak.attacks._rowspace import RowSpace, describe, known_input, matrix, row_space, weights
 from lmleak.attacks._text import refuse, sentence
 from lmleak.models._input import InputLayer
 from lmleak.records import Observation, Reconstruction, Victim
@@ -41,14 +42,19 @@ class Chain:
     children: list[Chain] = field(default_factory=list)
 
 
-def singles(layer: InputLayer, space: RowSpace, start: int, many: int) -> list[list[tuple[int, float]]]:
-    """Per position from `start`, the tokens whose input lies in the space, with residuals; up to `many` a position."""
+def singles(
+    layer: InputLayer, space: RowSpace, start: int, many: int, *, whole: bool = False
+) -> list[list[tuple[int, float]]]:
+    """Per position from `start`, the tokens whose input lies in the space, with residuals; up to `many` a position.
+
+    Ends where as many are found as the rank counts; with `whole`, at the first position where there is none.
+    """
     out: list[list[tuple[int, float]]] = [[] for _ in range(start)]
     v, device = len(layer.word), layer.word.device
     basis, count = space.basis.float(), 0
     rounding = torch.finfo(layer.word.dtype).eps * space.basis.shape[1] ** 0.5
     assert layer.position is not None
-    while count < space.rank and len(out) < min(len(layer.position), space.rank + 2):
+    while (whole or count < space.rank) and len(out) < min(len(layer.position), space.rank + 2):
         place = torch.tensor(len(out), device=device)
         parts = []
         for tokens in torch.arange(v, device=device).split(CHUNK):
@@ -62,7 +68,36 @@ def singles(layer: InputLayer, space: RowSpace, start: int, many: int) -> list[l
         hits = [(int(t), float(r)) for t, r in zip(best, residual, strict=True) if float(r) <= limit]
         out.append(sorted(hits, key=lambda hit: hit[1]))
         count += len(hits)
+        if whole and not hits:
+            break
     return out
+
+
+def pools(victim: Victim, observation: Observation) -> Callable[[int], Tensor | None]:
+    """Position -> the tokens that can stand there: those of the embedding's rows that changed, and those whose input
+    layer 0's query or value holds. None where nothing is known."""
+    words, present, layer = victim.module.get_input_embeddings(), None, known_input(victim)
+    for entry in weights(observation):
+        if victim.module.get_submodule(entry.module) is words:
+            used = observation.gradients[entry.name].norm(dim=1) > 0
+            # A table tied to the output layer has no zero rows, noise leaves none.
+            present = used.nonzero().flatten() if 2 * int(used.sum()) < len(used) else None
+    places: list[Tensor | None] = []
+    entries = [e for e in weights(observation, layer=0) if e.component in ("attn_query", "attn_value", "attn_qkv")]
+    if entries and layer is not None and layer.position is not None:
+        space = row_space([matrix(victim.module, e, observation.gradients[e.name]) for e in entries])
+        start = int(all(e.component == "attn_query" for e in entries))
+        if not space.unreadable:
+            found = singles(layer, space, start, 64 * observation.batch_size, whole=True)
+            places = [
+                torch.tensor([t for t, _ in place], device=layer.word.device) if place else None for place in found
+            ]
+
+    def pool(place: int) -> Tensor | None:
+        here = places[place] if place < len(places) else None
+        return present if here is None else here
+
+    return pool
 
 
 def chains(

@@ -95,3 +95,11 @@ def meeting(reader: Reader, space: RowSpace, v: int, count: int, generator: torc
     distance, which = torch.cat([n.values for n in near]), torch.cat([n.indices for n in near])
     best = distance.topk(min(count, v), largest=False).indices
     return torch.stack([which[best], best], 1)
+
+
+def draw(order: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """[count] tokens with repetition, half of them from the likely ones, which `order` [v] begins with, shuffled."""
+    likely = torch.randint(min(len(order), count), (count // 2,), generator=generator)
+    drawn = torch.randint(len(order), (count - count // 2,), generator=generator).to(order.device)
+    mixed = torch.cat([order[likely.to(order.device)], drawn])
+    return mixed[torch.randperm(count, generator=generator).to(mixed.device)]

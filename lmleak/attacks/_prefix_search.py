@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lmleak.attacks._prefix_forward import Prefix, Reader
 from lmleak.attacks._prefix_guess import Guess, best_pairs, outside
-from lmleak.attacks._prefix_pairs import Alternation, meeting
+from lmleak.attacks._prefix_pairs import Alternation, draw, meeting
 from lmleak.attacks._rowspace import RowSpace
 
 FIRST = 512  #: candidates run before the first fit, half in the prior's order and half drawn from the vocabulary
@@ -135,7 +135,7 @@ class Search:
             elif node.guess is None or node.guess.weight < FIRST:
                 batch = self.sample(left, step)
             else:
-                parts, constant = node.guess.project(self.space.basis)
+                parts, constant = node.guess.project(*self.rest())
                 scores = outside(parts[0] + constant).masked_fill(node.tried, torch.inf)
                 best = scores.topk(min(step - step // 4, len(left)), largest=False).indices
                 # Frequent tokens are the ones a trained model treats least linearly.
@@ -144,6 +144,15 @@ class Search:
                 step = min(2 * step, 8192)
             for part in batch.split(FIRST):
                 self.test(node, part)
+
+    def rest(self) -> tuple[Tensor, Tensor | None]:
+        """What rows found before leave of the space [r - n, d], and their frame [n, d]. What a prefix's continuations
+        share is mostly in there: an attention output at position p is p parts of it to one of the token's own."""
+        if not self.rows:
+            return self.space.basis, None
+        frame = torch.linalg.qr(torch.stack(self.rows).T).Q.T
+        left = self.space.basis - (self.space.basis @ frame.T) @ frame
+        return torch.linalg.svd(left, full_matrices=False).Vh[: max(1, self.space.rank - len(frame))], frame
 
     def sample(self, left: Tensor, count: int) -> Tensor:
         """Tokens to learn from: the prior's most likely ones and as many drawn from the whole vocabulary."""
@@ -239,7 +248,7 @@ class Search:
 
         while missing() and root.spent < allowance:
             if root.guess is None:
-                pairs = torch.stack([self.draw(step), self.draw(step)], 1)
+                pairs = torch.stack([draw(self.order, step, self.generator) for _ in range(2)], 1)
             else:
                 parts, constant = root.guess.project(self.space.basis)
                 width = min(v, WIDTH * max(1, root.spent // (8 * FIRST)))
@@ -260,14 +269,6 @@ class Search:
         """Tests pairs [k, 2]; features [k, d] and residuals [k]."""
         out = [self.test_pairs(part) for part in pairs.split(FIRST)]
         return torch.cat([x for x, _ in out]), torch.cat([r for _, r in out])
-
-    def draw(self, count: int) -> Tensor:
-        """Tokens with repetition, half of them from the prior's most likely ones, shuffled."""
-        v = len(self.words)
-        likely = torch.randint(min(v, count), (count // 2,), generator=self.generator)
-        any_ = torch.randint(v, (count - count // 2,), generator=self.generator).to(self.words.device)
-        mixed = torch.cat([self.order[likely.to(self.words.device)], any_])
-        return mixed[torch.randperm(count, generator=self.generator).to(mixed.device)]
 
     def test_pairs(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Runs pairs [k, 2] and keeps those whose feature lies in the space; features and residuals."""

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from lmleak.attacks._objective import frozen
-from lmleak.attacks._prefix_bags import several
+from lmleak.attacks._prefix_bags import pools, several
 from lmleak.attacks._prefix_first import first_token
 from lmleak.attacks._prefix_forward import Reader
 from lmleak.attacks._prefix_last import last_token
@@ -108,7 +108,7 @@ def attack(
             observation.batch_size,
             config.max_candidates,
             generator,
-            lambda place: None,
+            pools(victim, observation),
             # Layer 0 reads the others whatever the first token is; `_first` finds that one in the end.
             frame.first[0] if frame.first else (0 if where.first and where.kind == "but_first" else None),
             lambda tokens: progress(victim.processor.decode(list(tokens))),

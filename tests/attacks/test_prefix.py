@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 from lmleak.attacks import attack
 from lmleak.attacks._objective import frozen
 from lmleak.attacks._prefix_forward import Prefix, Reader
+from lmleak.attacks._prefix_pairs import Alternation
+from lmleak.attacks._rowspace import matrix, row_space
 from lmleak.data import load_batches
 from lmleak.gradients import observe, select
 from lmleak.models import load_model
@@ -150,3 +153,64 @@ def test_layer_0_value_of_several_sentences_is_not_applicable(classifier, tmp_pa
     result = _run(classifier, _batch(classifier, tmp_path, ["Rain on Oslo.", "Nobody."]), "attn_value", 0)
     assert result.status == "not_applicable"
     assert "which sentence" in result.reason
+
+
+@pytest.mark.parametrize("pool", [{"components": ["attn_value"], "layers": [0]}, {"components": ["embedding"]}])
+def test_token_sets_of_the_input_side_replace_the_vocabulary(classifier, tmp_path, pool):
+    batch = _batch(classifier, tmp_path, ["Rain on Oslo.", "She sold it"])
+    deep = select(classifier, components=["ffn_in"], layers=[1], parameters="weight")
+    first = select(classifier, parameters="weight", **pool)
+    alone = observe(classifier, batch, deep)
+    both = observe(classifier, batch, dataclasses.replace(deep, entries=(*first.entries, *deep.entries)))
+    slow, fast = attack(alone, classifier, "prefix"), attack(both, classifier, "prefix")
+    assert sorted(slow.tokens) == sorted(fast.tokens) == sorted(batch.reference.tokens)
+    assert 4 * fast.details["candidates"] < slow.details["candidates"]
+
+
+@pytest.mark.parametrize("component", ["attn_value", "attn_query", "ffn_in"])
+def test_left_padding(classifier, tmp_path, component):
+    batch = _batch(classifier, tmp_path, ["Rain on Oslo.", "She sold it"])
+    ids, mask = batch.inputs["input_ids"].clone(), batch.inputs["attention_mask"].clone()
+    gap = int((mask[1] == 0).sum())
+    ids[1], mask[1] = ids[1].roll(gap), mask[1].roll(gap)
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    turned = dataclasses.replace(batch, inputs={"input_ids": ids, "attention_mask": mask, "position_ids": places})
+    result = _run(classifier, turned, component, 1)
+    assert result.status == "ok", result.reason
+    assert sorted(result.tokens) == sorted(batch.reference.tokens)
+
+
+def test_a_gradient_with_its_columns_shuffled_gives_no_sentence(classifier, tmp_path):
+    batch = _batch(classifier, tmp_path, ["Rain on Oslo."])
+    observation = observe(classifier, batch, select(classifier, components=["ffn_in"], layers=[1], parameters="weight"))
+    (name, gradient), *_ = observation.gradients.items()
+    shuffled = gradient[torch.randperm(len(gradient), generator=torch.Generator().manual_seed(0))]  # Conv1D: [d_in, d]
+    result = attack(dataclasses.replace(observation, gradients={name: shuffled}), classifier, "prefix")
+    assert result.status == "no_signal"
+
+
+def test_pairs_are_found_one_after_the_other(classifier, tmp_path):
+    batch = _batch(classifier, tmp_path, ["Rain on Oslo."])
+    first, second = batch.reference.tokens[0][:2]
+    entry = select(classifier, components=["attn_query"], layers=[1], parameters="weight").entries[0]
+    gradient = observe(
+        classifier, batch, select(classifier, components=["attn_query"], layers=[1], parameters="weight")
+    ).gradients[entry.name]
+    space = row_space([matrix(classifier.module, entry, gradient)])
+    reader = Reader(classifier.module, entry.module)
+    words = classifier.module.get_input_embeddings().weight.detach()
+    words = words / words.norm(dim=1, keepdim=True)
+    found = []
+
+    def test(pairs):
+        x = reader.pairs(pairs)[:, 1]
+        residual = space.residual(x)
+        found.extend(pairs[residual < 1e-3].tolist())
+        return x, residual
+
+    with frozen(classifier.module), torch.no_grad():
+        turns = Alternation(words, torch.arange(len(words)), torch.Generator().manual_seed(0))
+        while not found and turns.next(test, space):
+            pass
+    assert found[0] == [first, second]
+    assert reader.evaluated < 2 * len(words) ** 2 / 2
