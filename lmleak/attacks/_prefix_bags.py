@@ -23,6 +23,7 @@ from lmleak.attacks._prefix_last import last_token
 from lmleak.attacks._prefix_sites import Site
 from lmleak.attacks._rowspace import RowSpace, describe, known_input, matrix, row_space, weights
 from lmleak.attacks._text import refuse, sentence
+from lmleak.attacks.span import DIRECTIONS, screen
 from lmleak.models._input import InputLayer
 from lmleak.records import Observation, Reconstruction, Victim
 
@@ -49,26 +50,27 @@ def singles(
 
     Ends where as many are found as the rank counts; with `whole`, at the first position where there is none.
     """
-    out: list[list[tuple[int, float]]] = [[] for _ in range(start)]
-    v, device = len(layer.word), layer.word.device
-    basis, count = space.basis.float(), 0
-    rounding = torch.finfo(layer.word.dtype).eps * space.basis.shape[1] ** 0.5
     assert layer.position is not None
-    while (whole or count < space.rank) and len(out) < min(len(layer.position), space.rank + 2):
-        place = torch.tensor(len(out), device=device)
-        parts = []
-        for tokens in torch.arange(v, device=device).split(CHUNK):
-            x = layer.rows(tokens, place).float()
-            length = x.square().sum(-1)
-            parts.append(1 - (x @ basis.T).square().sum(-1) / length.clamp_min(1e-30))
-        squared = torch.cat(parts)
-        best = squared.topk(min(many + 4, v), largest=False).indices
-        residual = space.residual(layer.rows(best, place, dtype=torch.float64))
-        limit = max(2 / max(space.gap, 1.0), (rounding * float(squared.median().clamp_min(0).sqrt())) ** 0.5)
-        hits = [(int(t), float(r)) for t, r in zip(best, residual, strict=True) if float(r) <= limit]
+    v, device = len(layer.word), layer.word.device
+    raw = torch.randn(DIRECTIONS, space.basis.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    raw = raw.to(device)
+    aside = (raw - (raw @ space.basis.T) @ space.basis).float()
+    positions = torch.arange(start, min(len(layer.position), space.rank + 2), device=device)
+    kept, which = [], []
+    for tokens in torch.arange(v, device=device).split(CHUNK):
+        scores = screen(layer, tokens, positions, aside, 0.0).topk(min(many + 4, len(tokens)), largest=False)
+        kept.append(scores.values)
+        which.append(tokens[scores.indices])
+    best = torch.cat(kept, 1).topk(min(many + 4, v), largest=False).indices
+    candidates = torch.cat(which, 1).gather(1, best)
+    residual = space.residual(layer.rows(candidates, positions[:, None], dtype=torch.float64))
+    rounding = torch.finfo(layer.word.dtype).eps * space.basis.shape[1] ** 0.5
+    limit = max(2 / max(space.gap, 1.0), (rounding * float(residual.median())) ** 0.5)
+    out: list[list[tuple[int, float]]] = [[] for _ in range(start)]
+    for tokens, values in zip(candidates.tolist(), residual.tolist(), strict=True):
+        hits = [(t, r) for t, r in zip(tokens, values, strict=True) if r <= limit]
         out.append(sorted(hits, key=lambda hit: hit[1]))
-        count += len(hits)
-        if whole and not hits:
+        if (whole and not hits) or (not whole and sum(map(len, out)) >= space.rank):
             break
     return out
 
@@ -88,7 +90,7 @@ def pools(victim: Victim, observation: Observation) -> Callable[[int], Tensor | 
         space = row_space([matrix(victim.module, e, observation.gradients[e.name]) for e in entries])
         start = int(all(e.component == "attn_query" for e in entries))
         if not space.unreadable:
-            found = singles(layer, space, start, 64 * observation.batch_size, whole=True)
+            found = singles(layer, space, start, 16 * observation.batch_size, whole=True)
             places = [
                 torch.tensor([t for t, _ in place], device=layer.word.device) if place else None for place in found
             ]
