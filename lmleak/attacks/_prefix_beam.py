@@ -170,7 +170,7 @@ class Beam:
             x = self.reader.read_all([path.prefix], batch[None])[0][0]
             x = x if origin is None else x - origin
             guess = guess or Guess(self.words, 1, x.shape[1], self.latest)
-            guess.add(batch[:, None], x)
+            guess.add(batch[:, None], x * witness.evidence.columns.to(x.dtype))
             cost[batch] = witness.evidence.cost(rows, x) if len(rows.basis) else -witness.evidence.gain(rows, x)
             left = cost.isinf()
             if not bool(left.any()) or not len(rows.basis):

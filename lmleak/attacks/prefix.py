@@ -3,7 +3,8 @@
 The input of every module at position i of a causal model depends on tokens 0..i only, so prefixes are extended token by
 token and those kept whose input lies in the row space of the module's weight gradient. The rank says how many there
 are: no length, label or threshold is needed. See `_prefix_search` for its order, `_prefix_last` for the last
-token under a language model's loss, which no module ever reads.
+token under a language model's loss, which no module ever reads, `_prefix_bags` for batches at layer 0's query. A noised
+or rounded gradient is read by likelihood, a single sentence from all observed modules together (`_prefix_noise`).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from lmleak.attacks._objective import frozen
 from lmleak.attacks._prefix_forward import Prefix, Reader
 from lmleak.attacks._prefix_pairs import Alternation
 from lmleak.attacks._rowspace import matrix, row_space
+from lmleak.attacks.prefix import _order
 from lmleak.data import load_batches
 from lmleak.gradients import observe, select
 from lmleak.models import load_model
@@ -214,3 +215,13 @@ def test_pairs_are_found_one_after_the_other(classifier, tmp_path):
             pass
     assert found[0] == [first, second]
     assert reader.evaluated < 2 * len(words) ** 2 / 2
+
+
+def test_a_priors_words_are_tried_first(classifier, tmp_path):
+    text = tmp_path / "prior.txt"
+    text.write_text("Oslo Rain. " * 50)
+    batch = _batch(classifier, tmp_path, ["Rain on Oslo."])
+    likely = _order(classifier, str(text))[:10].tolist()
+    assert set(likely) == set(classifier.processor("Oslo Rain. ")["input_ids"])
+    result = _run(classifier, batch, "ffn_in", 1, prior=str(text))
+    assert (result.status, result.tokens) == ("ok", batch.reference.tokens)

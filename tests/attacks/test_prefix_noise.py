@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -119,3 +120,17 @@ def test_another_models_noised_gradient_gives_no_confident_sentence(wide, tmp_pa
     observation = observe(stranger, batch, selection, defense={"kind": "gaussian_noise", "std": 1e-3})
     result = attack(observation, victim, "prefix")
     assert result.status == "no_signal" or max(result.confidence) < 0.1
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_rounded_gradients_give_the_sentence_if_not_its_end(wide, tmp_path, kind):
+    victim = wide["sequence-classification"]
+    batch = _batch(victim, tmp_path, "Rain on Oslo.")
+    selection = select(victim, components=["ffn_in"], layers=[1], parameters="weight")
+    seen = observe(victim, batch, selection)
+    rounded = {name: g.to(kind).to(g.dtype) for name, g in seen.gradients.items()}
+    result = attack(dataclasses.replace(seen, gradients=rounded), victim, "prefix")
+    truth = batch.reference.tokens[0]
+    assert result.tokens[0][: len(truth)] == truth
+    # What rounding leaves of strong rows still looks like further tokens: the attack must not be sure of those.
+    assert result.tokens[0] == truth or result.confidence[0] < 0.01
