@@ -247,5 +247,6 @@ class Guided:
             seen = observe(self.victim, batch, Selection(self.basis.readers, 1))
             rests.append(self.sums - self.basis.solve(seen.gradients) / share)
         rest = min(rests, key=lambda sums: float(sums[here].norm(dim=1).sum()))
-        if float(rest.norm()) < float(self.sums.norm()):
+        # A clipped or otherwise changed gradient is not this one: then not even a word of its own goes to nothing.
+        if float((rest[here].norm(dim=1) / self.sums[here].norm(dim=1).clamp_min(1e-300)).min()) < 0.5:
             self.sums = rest

@@ -1,34 +1,28 @@
 """Sentences of a batch from one module at any depth, where layer 0 says nothing: no words, positions or lengths.
 
-One sentence's inputs lie in the observed space whatever its neighbours are. The rank is the sum of the lengths, and the
-shortest sentence is not longer than their mean: all lengths up to it are relaxed over the whole vocabulary, the best
-end descends. What is found is deflated, which leaves a smaller batch.
+One sentence's inputs lie in the observed space whatever its neighbours are. The rank is the sum of the lengths: those
+near their mean are tried first. Relaxations over the whole vocabulary end in blends of the sentences, but of their own
+words: what follows searches among these words only, with many restarts, and makes the best end longer or shorter by a
+word. What is found is deflated, which leaves a smaller batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lmleak.attacks._batch_energy import Deflated
 from lmleak.attacks._discrete import Search
-from lmleak.attacks._subspace_relax import Pool, Schedule, relax
+from lmleak.attacks._subspace_relax import Schedule, relax
 from lmleak.attacks._text import Frame
 
-DESCENTS = 2  #: lengths a round that descend, of all that were relaxed
-
-
-@dataclass(frozen=True)
-class _End:
-    """Where the relaxation of one length stopped."""
-
-    value: float  #: energy a token
-    sentence: tuple[int, ...]
-    search: Search
-    pool: Pool
+DESCENTS = 4  #: ends of a relaxation that descend
+RESTARTS = 4  #: times those of the whole vocabulary, where only words met before are searched
+SPREAD = 5  #: lengths tried at first; all in the end
+FRESH = 3  #: every so many rounds start over the whole vocabulary
 
 
 class OpenSearch:
@@ -55,6 +49,8 @@ class OpenSearch:
         self.found: dict[tuple[int, ...], float] = {}  #: sentence -> verdict
         self.guesses: dict[int, tuple[float, tuple[int, ...]]] = {}  #: best of each length
         self.rounds = 0
+        self.grown: set[tuple[int, ...]] = set()  #: guesses whose longer and shorter neighbours were tried
+        self.met = words.new_zeros(0)  #: words that relaxations over the whole vocabulary ended near
 
     @property
     def missing(self) -> int:
@@ -66,59 +62,83 @@ class OpenSearch:
         return [tokens for _, tokens in sorted(self.guesses.values()) if tokens not in self.found][: self.missing]
 
     def lengths(self) -> list[int]:
-        """Lengths that the shortest missing sentence may have, long ones first."""
+        """Lengths that the next sentence may have, those near the mean first."""
         rest = self.total - sum(map(len, self.found))
         if self.missing == 1:
             return [rest]
-        return list(range(rest // max(1, self.missing), self.frame.size, -1))
+        least = self.frame.size + 1
+        mean = rest / max(1, self.missing)
+        return sorted(range(least, rest - (self.missing - 1) * least + 1), key=lambda n: abs(n - mean))
 
     def run(self) -> None:
         """Until every sentence is found or the budget is spent."""
         while self.missing and self.lengths() and self.energy.evaluations < self.budget:
-            if self._round():
+            before = len(self.found)
+            self._round()
+            if len(self.found) > before:
                 self.guesses.clear()
             self.rounds += 1
 
-    def _round(self) -> bool:
-        before, ends = len(self.found), []
-        for length in self.lengths():
-            end = self._relax(length)
-            if len(self.found) > before:
+    def _round(self) -> None:
+        fresh = self.rounds % FRESH == 0
+        lengths = self.lengths()[: SPREAD * (1 + self.rounds // FRESH)]
+        for length in lengths[:: max(1, len(lengths) // 3)] if fresh else lengths:
+            if self._attempt(length, fresh) or self.energy.evaluations >= self.budget:
+                return
+            if not fresh and self._resized():
+                return
+
+    def _resized(self) -> bool:
+        """The best guess with one word more or less; whether that is a sentence."""
+        if not self.guesses:
+            return False
+        _, tokens = min(self.guesses.values())
+        if tokens in self.grown:
+            return False
+        self.grown.add(tokens)
+        first, last = len(self.frame.first), len(tokens) - len(self.frame.last)
+        longer = [(*tokens[:i], t, *tokens[i:]) for i in range(first, last + 1) for t in self.met.tolist()]
+        shorter = [(*tokens[:i], *tokens[i + 1 :]) for i in range(first, last)]
+        for others in (longer, shorter):
+            length = len(others[0])
+            if length not in self.lengths():
+                continue
+            free = length - self.frame.size
+            search = Search(self.energy, self.met, first, first + free, self.ridge, self.shortlist)
+            start = min(zip(search.score(others), others, strict=True))[1]
+            if self._descended(search, start, self.met.expand(free, -1)):
                 return True
-            ends.append(end)
-            if self.energy.evaluations >= self.budget:
-                break
-        for end in sorted(ends, key=lambda end: end.value)[:DESCENTS]:
-            best = end.search.descend(end.sentence, end.pool.best(2 * self.schedule.restarts), self.budget)
-            if self._accept(best):
-                return True
-            value = end.search.score([best])[0] / len(best)
-            self.guesses[len(best)] = min(self.guesses.get(len(best), (value, best)), (value, best))
         return False
 
-    def _relax(self, length: int) -> _End:
-        first, free = len(self.frame.first), length - self.frame.size
-        search = Search(self.energy, self.words, first, first + free, self.ridge, self.shortlist)
-        hint, trust = None, None
-        if length in self.guesses:
-            hint, trust = self._trust(self.guesses[length][1])
-        done = lambda rows: self._accept(self._best(search, rows)[1])  # noqa: E731
-        pool = relax(self.energy, self.frame, free, self.words, self.schedule, self.generator, done, hint, trust)
-        value, best = self._best(search, pool.sentences(self.frame))
-        return _End(value / length, best, search, pool)
+    def _descended(self, search: Search, start: tuple[int, ...], near: Tensor) -> bool:
+        best = search.descend(start, near, self.budget)
+        if self._accept(best):
+            return True
+        value = search.score([best])[0] / len(best)
+        self.guesses[len(best)] = min(self.guesses.get(len(best), (value, best)), (value, best))
+        return False
 
-    def _best(self, search: Search, rows: Tensor) -> tuple[float, tuple[int, ...]]:
+    def _attempt(self, length: int, fresh: bool) -> bool:
+        """One relaxation and descents from its best ends; whether a sentence is found."""
+        first, free, before = len(self.frame.first), length - self.frame.size, len(self.found)
+        words = self.words if fresh else self.met
+        schedule = self.schedule if fresh else replace(self.schedule, restarts=RESTARTS * self.schedule.restarts)
+        search = Search(self.energy, words, first, first + free, self.ridge, self.shortlist)
+        done = lambda rows: self._accept(min(zip(*self._rated(search, rows), strict=True))[1])  # noqa: E731
+        pool = relax(self.energy, self.frame, free, words, schedule, self.generator, done)
+        near = pool.best(3 * schedule.restarts)
+        if fresh:
+            self.met = torch.cat([self.met, near.flatten()]).unique()
+        if len(self.found) > before:
+            return True
+        for _, start in sorted(zip(*self._rated(search, pool.sentences(self.frame)), strict=True))[:DESCENTS]:
+            if self._descended(search, start, near):
+                return True
+        return False
+
+    def _rated(self, search: Search, rows: Tensor) -> tuple[list[float], list[tuple[int, ...]]]:
         sentences = list(dict.fromkeys(map(tuple, rows.tolist())))
-        return min(zip(search.score(sentences), sentences, strict=True))
-
-    @torch.no_grad()
-    def _trust(self, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The free tokens of a sentence, and a probability for each that falls with its residual's rank."""
-        ids = torch.tensor(tokens, device=self.energy.table.device)
-        residual = self.energy(self.energy.table[ids][None], self.ridge)[1][0]
-        free = slice(len(self.frame.first), len(tokens) - len(self.frame.last))
-        rank = residual[free].argsort().argsort().float() / max(1, len(residual[free]) - 1)
-        return ids[free], 0.9 - 0.8 * rank
+        return search.score(sentences), sentences
 
     def _accept(self, tokens: tuple[int, ...]) -> bool:
         if tokens in self.found:

@@ -141,7 +141,8 @@ def test_what_is_found_leaves_the_length_of_the_last(minilm, deep):
         draw = torch.Generator().manual_seed(0)
         words = torch.arange(1000, 2000)
         search = OpenSearch(energy, frame, words, 2, SCHEDULE, 1e-4, 8, 100, draw, lambda tokens: None)
-        assert max(search.lengths()) == sum(lengths) // 2
+        assert abs(search.lengths()[0] - sum(lengths) / 2) < 1
+        assert set(lengths) <= set(search.lengths())
         assert search._accept(ids)
         assert search.lengths() == [lengths[1]]
         assert not search._accept(ids)
