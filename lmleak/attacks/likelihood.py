@@ -1,0 +1,231 @@
+"""Discrete search for the likeliest sentence under a known Gaussian mechanism, DP-SGD's (after LAMP, 2202.08827).
+
+DP-SGD releases the sum of clipped per-sample gradients plus Gaussian noise of known size. No attack names the sample
+more often than the one that takes the sentence of highest posterior: <G~, g_c(x)> - |g_c(x)|^2 / 2 over the noise's
+variance, plus the log of its prior. `g_c(x)` is the candidate's own clipped gradient. Without noise this is euclidean
+gradient matching over sentences instead of embeddings (Balunovic et al. 2022, 2202.08827).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from lmleak import registry
+from lmleak.attacks._likelihood_prior import log_prior
+from lmleak.attacks._likelihood_score import Candidate, Scorer
+from lmleak.attacks._likelihood_search import LogPrior, Search, Space
+from lmleak.attacks._likelihood_verdict import Verdict, judge
+from lmleak.attacks._objective import frozen
+from lmleak.attacks._prior import Task
+from lmleak.attacks._rowspace import dropped_out
+from lmleak.attacks._text import Frame, refuse, sentence, special_frame
+from lmleak.defenses import gaussian
+from lmleak.gradients.factors import unfactored
+from lmleak.records import Knowledge, Observation, Reconstruction, Victim
+
+Positive = Annotated[int, Field(gt=0)]
+
+ROUNDS = 2  #: how often each of several sentences is sought, given the others
+CLEAR = 2.0  #: a matrix whose energy is this many times its noise's is clean enough for the exact attacks
+EVIDENCE = 12.0  #: standard deviations at which one row of the token table is as likely as a row can be
+#: An easy case, for the contract tests.
+EXAMPLE = {
+    "fields": {"budget": 600, "shortlist": 16},
+    "select": {"components": ["all"]},
+    "knowledge": {"labels": True, "lengths": True},
+    "batch_size": 1,
+}
+
+
+class Config(BaseModel):
+    """Effort, prior, and how rarely noise may be taken for a sentence."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    #: sentences sent through the model, for each sentence of the batch; a slope counts as three
+    budget: Positive = 6000
+    shortlist: Positive = 64  #: tokens tried at every position before a sentence counts as a local optimum
+    longest: Annotated[int, Field(ge=3)] = 24  #: tokens, special ones included, where lengths are not granted
+    exact: bool = True  #: start from what subspace (encoders) or prefix (decoders) reads where the gradient is clean
+    prior: str | None = None  #: a text file (.txt), or a language model (hub id, folder, package:NAME/PATH)
+    prior_task: Task = "causal-lm"
+    prior_weight: Annotated[float, Field(ge=0)] = 1.0
+    risk: Annotated[float, Field(gt=0, lt=1)] = 1e-3  #: at most so often noise alone is answered with a sentence
+
+
+def attack(
+    config: Config,
+    observation: Observation,
+    knowledge: Knowledge,
+    victim: Victim,
+    generator: torch.Generator,
+    progress: Callable[[str], None],
+) -> Reconstruction:
+    """Ascends the likelihood from fresh starts; several sentences one after another, each given the others.
+
+    `details` per sentence: `gap` (nats to the best rival scored), `gain` over the best of sentences drawn without the
+    gradient and the `bound` that it has to exceed, `worth` (nats that each token adds over drawn ones), `fit` (standard
+    deviations from what the truth would score).
+
+    Raises:
+        LmleakError: the prior cannot be read.
+    """
+    why = _refused(victim, observation)
+    if why is not None:
+        return refuse(*why)
+    mechanism = gaussian(observation.defense)
+    scorer = Scorer(victim, observation, mechanism)
+    if unfactored(victim.module, scorer.scope):
+        return refuse("not_applicable", "the model has layers without factored gradients")
+    if not any(float(g.abs().max()) > 0 for g in scorer.targets.values()):
+        return refuse("no_signal", "the observed gradient is zero")
+    frame = special_frame(victim, knowledge)
+    if knowledge.lengths and min(knowledge.lengths) <= frame.size:
+        return refuse("no_signal", "a sentence of special tokens alone has nothing to find")
+    prior, counts = log_prior(config.prior, victim, config.prior_task) if config.prior else (None, None)
+    if prior is not None and scorer.noise == 0:
+        return refuse("not_applicable", "a prior weighs against noise, and this release has none; leave it out")
+    spaces = _spaces(config, observation, knowledge, victim, scorer, frame, counts)
+    starts = _exact(config, observation, knowledge, victim, generator, scorer, frame, spaces)
+    weighed = _weighed(prior, config.prior_weight)
+    with frozen(victim.module):
+        found, verdicts, spent = _sought(config, victim, scorer, spaces, starts, weighed, generator, progress)
+    details = {
+        "labels": [one.label for one in found],
+        "lengths": [len(one.tokens) for one in found],
+        "evaluations": spent,
+        "noise": scorer.noise,
+        "sentences": [v.details() for v in verdicts],
+    }
+    if not any(v.signal for v in verdicts):
+        return refuse("no_signal", verdicts[0].reason(), details)
+    return sentence(victim, [one.tokens for one in found], [v.confidence for v in verdicts], details)
+
+
+def _refused(victim: Victim, observation: Observation) -> tuple[Literal["not_applicable"], str] | None:
+    if victim.task not in ("sequence-classification", "causal-lm"):
+        return "not_applicable", f"the loss of {victim.task} depends on which tokens were masked, and nobody says"
+    if not any(len(e.shape) > 1 for e in observation.entries):
+        return "not_applicable", "needs a weight matrix: biases and norms show sums over tokens alone"
+    if dropped_out(victim, observation):
+        return "not_applicable", "dropout is on in the client: its gradient is random beyond the stated noise"
+    attention = getattr(victim.module.config, "_attn_implementation", "eager")
+    if attention != "eager":
+        why = f"attn_implementation '{attention}' has no double backward; set model.attn_implementation: eager"
+        return "not_applicable", why
+    return None
+
+
+def _sought(
+    config: Config,
+    victim: Victim,
+    scorer: Scorer,
+    spaces: list[Space],
+    starts: list[Candidate | None],
+    prior: LogPrior | None,
+    generator: torch.Generator,
+    progress: Callable[[str], None],
+) -> tuple[list[Candidate], list[Verdict], int]:
+    """The sentences, what may be said of each, and the evaluations spent."""
+    b, found, spent = len(spaces), list(starts), 0
+    verdicts: list[Verdict | None] = [None] * b
+    rounds = ROUNDS if b > 1 else 1
+    show = lambda one: progress(victim.processor.decode(list(one.tokens), skip_special_tokens=True))  # noqa: E731
+    for turn in range(rounds):
+        for i, space in enumerate(spaces):
+            # What the other sentences explain is not to be explained again.
+            rest = dict(scorer.targets)
+            for j, other in enumerate(found):
+                if j != i and other is not None:
+                    rest = {name: rest[name] - part for name, part in scorer.total(other).items()}
+            aimed = scorer.aimed(rest, scorer.noise)
+            search = Search(aimed, space, config.shortlist, generator, prior)
+            found[i] = search.run(config.budget // rounds, show, found[i])
+            if turn + 1 == rounds:
+                verdicts[i] = judge(aimed, search, space, config.risk, generator)
+            spent += aimed.evaluations
+    return [one for one in found if one is not None], [v for v in verdicts if v is not None], spent
+
+
+def _spaces(
+    config: Config,
+    observation: Observation,
+    knowledge: Knowledge,
+    victim: Victim,
+    scorer: Scorer,
+    frame: Frame,
+    counts: torch.Tensor | None,
+) -> list[Space]:
+    """What each sentence of the batch may be."""
+    special = set(victim.processor.all_special_ids)
+    size = min(len(scorer.table), len(victim.processor))
+    texts = victim.processor.convert_ids_to_tokens(list(range(size)))
+    words = torch.tensor([i for i in range(size) if i not in special and not str(texts[i]).startswith("[unused")])
+    weights = torch.ones(len(words)) if counts is None else counts[words]
+    weights = weights * _evidence(scorer)[words]
+    classes = tuple(range(victim.module.config.num_labels)) if victim.task == "sequence-classification" else (0,)
+    longest = min(config.longest, getattr(victim.module.config, "max_position_embeddings", config.longest) - 2)
+    any_length = tuple(range(frame.size + 2, max(longest, frame.size + 2) + 1))
+    if knowledge.lengths and victim.task == "causal-lm":
+        scorer.loss_tokens = sum(knowledge.lengths) - len(knowledge.lengths)
+    out = []
+    for i in range(observation.batch_size):
+        lengths = (knowledge.lengths[i],) if knowledge.lengths else any_length
+        labels = (knowledge.labels[i],) if knowledge.labels else classes
+        out.append(Space(words, weights, frame, lengths, labels))
+    return out
+
+
+def _evidence(scorer: Scorer) -> torch.Tensor:
+    """How much likelier each token is than another by its own row of the token table's gradient, [v].
+
+    At a noise multiplier of 0.01 a word's row of MiniLM's table has an energy 3.5 standard deviations above noise's.
+    """
+    table = scorer.captured[-1].parameter
+    for entry in scorer.entries:
+        if entry.parameter == table and entry.part is None:
+            energy = scorer.targets[entry.name].double().square().sum(1).cpu()
+            middle = energy.median()
+            spread = 1.4826 * (energy - middle).abs().median() + 1e-12 * energy.max()
+            return ((energy - middle) / spread).clamp(0, EVIDENCE).exp().float()
+    return torch.ones(len(scorer.table))
+
+
+def _exact(
+    config: Config,
+    observation: Observation,
+    knowledge: Knowledge,
+    victim: Victim,
+    generator: torch.Generator,
+    scorer: Scorer,
+    frame: Frame,
+    spaces: list[Space],
+) -> list[Candidate | None]:
+    """Sentences that an exact attack reads, as starts, where the gradient is clean enough for one."""
+    starts: list[Candidate | None] = [None] * observation.batch_size
+    matrices = [e for e in observation.entries if len(e.shape) > 1]
+    energy = max(float(scorer.targets[e.name].square().mean()) for e in matrices)
+    if not config.exact or energy < CLEAR * scorer.noise**2:
+        return starts
+    kind = "prefix" if getattr(victim.family, "CAUSAL", False) else "subspace"
+    module = registry.load("attacks", kind)
+    fields = {"budget": config.budget} if kind == "subspace" else {"max_candidates": 30 * config.budget}
+    answer = module.attack(module.Config(**fields), observation, knowledge, victim, generator, lambda text: None)
+    longest = max(max(space.lengths) for space in spaces)
+    for i, tokens in enumerate(answer.tokens[: len(starts)] if answer.status == "ok" else ()):
+        whole = (*frame.first, *tokens, *frame.last)
+        if not tokens or (len(whole) not in spaces[i].lengths and (knowledge.lengths or len(whole) < longest)):
+            continue
+        starts[i] = Candidate(whole, spaces[i].labels[0])
+    return starts
+
+
+def _weighed(prior: LogPrior | None, weight: float) -> LogPrior | None:
+    if prior is None or not math.isfinite(weight) or weight == 0:
+        return None
+    return lambda rows: [weight * value for value in prior(rows)]
