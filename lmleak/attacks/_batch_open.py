@@ -89,12 +89,11 @@ class OpenSearch:
                 return
 
     def _resized(self) -> bool:
-        """The best guess with one word more or less; whether that is a sentence."""
-        if not self.guesses:
+        """The best guess not tried so with one word more or less; whether that is a sentence."""
+        untried = sorted(guess for guess in self.guesses.values() if guess[1] not in self.grown)
+        if not untried:
             return False
-        _, tokens = min(self.guesses.values())
-        if tokens in self.grown:
-            return False
+        _, tokens = untried[0]
         self.grown.add(tokens)
         first, last = len(self.frame.first), len(tokens) - len(self.frame.last)
         longer = [(*tokens[:i], t, *tokens[i:]) for i in range(first, last + 1) for t in self.met.tolist()]
