@@ -205,9 +205,5 @@ def _prefix(one: Reading, victim: Victim, observation: Observation) -> bool:
     return not first or (observation.batch_size == 1 and position is not None)
 
 
-def _subspace(one: Reading, victim: Victim, observation: Observation) -> bool:
-    return one.status == "ok" and one.rows != "table" and not getattr(victim.family, "CAUSAL", True)
-
-
 #: For kinds that do not say it themselves.
-_READS: dict[str, Callable[[Reading, Victim, Observation], bool]] = {"prefix": _prefix, "subspace": _subspace}
+_READS: dict[str, Callable[[Reading, Victim, Observation], bool]] = {"prefix": _prefix}

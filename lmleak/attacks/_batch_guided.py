@@ -19,8 +19,8 @@ from lmleak.attacks._batch_energy import Deflated
 from lmleak.attacks._batch_fill import WIDEST, Fill, Outline
 from lmleak.attacks._batch_pairs import Basis, clusters, counts, pairs
 from lmleak.attacks._text import Frame
-from lmleak.gradients.observe import observe
-from lmleak.records import Batch, Observation, Reference, Selection, Victim
+from lmleak.gradients.observe import own_gradient
+from lmleak.records import Observation, Victim
 
 WIDTHS = (8, 32)  #: words tried at an open position: more only where fewer end short of the truth
 
@@ -241,11 +241,8 @@ class Guided:
         here = [i for i, token in enumerate(self.basis.tokens.tolist()) if token in set(tokens)]
         rests = []
         for label in range(self.victim.module.config.num_labels):
-            batch = Batch(
-                {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids.new_tensor([label]), Reference()
-            )
-            seen = observe(self.victim, batch, Selection(self.basis.readers, 1))
-            rests.append(self.sums - self.basis.solve(seen.gradients) / share)
+            own = own_gradient(self.victim, ids, label, self.basis.readers)
+            rests.append(self.sums - self.basis.solve(own) / share)
         rest = min(rests, key=lambda sums: float(sums[here].norm(dim=1).sum()))
         # A clipped or otherwise changed gradient is not this one: then not even a word of its own goes to nothing.
         if float((rest[here].norm(dim=1) / self.sums[here].norm(dim=1).clamp_min(1e-300)).min()) < 0.5:

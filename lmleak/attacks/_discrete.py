@@ -11,12 +11,21 @@ from torch import Tensor
 
 from lmleak.attacks._energy import Energy
 from lmleak.attacks._energy_heads import HeadEnergy
+from lmleak.attacks._energy_likelihood import Likelihood
 
 
 class Search:
     """Descends from given sentences, remembers every sentence it has scored."""
 
-    def __init__(self, energy: Energy | HeadEnergy, words: Tensor, first: int, last: int, ridge: float, shortlist: int):
+    def __init__(
+        self,
+        energy: Energy | HeadEnergy | Likelihood,
+        words: Tensor,
+        first: int,
+        last: int,
+        ridge: float,
+        shortlist: int,
+    ):
         self.energy, self.words, self.ridge, self.shortlist = energy, words, ridge, shortlist
         self.places = range(first, last)  #: free positions
         self.rows = energy.table[words]

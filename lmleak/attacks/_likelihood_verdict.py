@@ -42,7 +42,7 @@ class Verdict:
     def reason(self) -> str:
         """Why there is no answer."""
         return (
-            f"the best sentence leads a blind one by {self.gain:.3g} nats, noise alone may by {self.bound:.3g}; "
+            f"the best sentence leads a blind one by {self.gain:.3g} nats (noise alone may by {self.bound:.3g}), "
             f"its best word by {max(self.worth, default=0.0):.3g} of {self.bound_one:.3g}"
         )
 

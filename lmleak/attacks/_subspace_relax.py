@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lmleak.attacks._energy import Energy
 from lmleak.attacks._energy_heads import HeadEnergy
+from lmleak.attacks._energy_likelihood import Likelihood
 from lmleak.attacks._text import Frame
 
 
@@ -56,7 +57,7 @@ def framed(body: Tensor, frame: Frame) -> Tensor:
 
 
 def relax(
-    energy: Energy | HeadEnergy,
+    energy: Energy | HeadEnergy | Likelihood,
     frame: Frame,
     free: int,
     words: Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from lmleak.attacks._discrete import Search
 from lmleak.attacks._energy import Energy
 from lmleak.attacks._energy_heads import HeadEnergy, Heads
+from lmleak.attacks._energy_likelihood import Likelihood
 from lmleak.attacks._subspace_relax import Pool, Schedule, relax
 from lmleak.attacks._text import Frame, sentence
 from lmleak.records import Reconstruction, Victim
@@ -32,36 +33,57 @@ class Effort(Protocol):
     budget: int
 
 
+@dataclass(frozen=True)
+class Landscape:
+    """What is descended on by distributions over tokens, and by changes of tokens, and what judges the end."""
+
+    coarse: Energy | HeadEnergy | Likelihood
+    fine: Energy | HeadEnergy | Likelihood
+    judge: Energy | Likelihood
+    ridge: float = 1.0  #: factor on the relaxation's
+
+
+def landscape(energy: Energy, heads: list[Heads]) -> Landscape:
+    """For exact gradients: `energy`, and what attention outputs show head by head."""
+    if not heads:
+        return Landscape(energy, energy, energy)
+    values, both = HeadEnergy(energy, heads, contexts=False), HeadEnergy(energy, heads, contexts=True)
+    return Landscape(values, both, energy, HEADS_RIDGE)
+
+
 class SentenceSearch:
     """State of one search for one sentence."""
 
     def __init__(
         self,
         config: Effort,
-        energy: Energy,
-        heads: list[Heads],
+        landscape: Landscape,
         victim: Victim,
         frame: Frame,
         length: int,
         generator: torch.Generator,
         progress: Callable[[str], None],
     ):
-        self.config, self.energy, self.victim, self.frame = config, energy, victim, frame
-        self.coarse = HeadEnergy(energy, heads, contexts=False) if heads else energy
+        self.config, self.energy, self.victim, self.frame = config, landscape.judge, victim, frame
+        self.coarse, self.ridge = landscape.coarse, landscape.ridge
         self.generator, self.progress = generator, progress
         self.length, self.free = length, length - frame.size
-        self.words = vocabulary(victim).to(energy.table.device)
+        self.words = vocabulary(victim).to(self.energy.table.device)
         first = len(frame.first)
-        fine = HeadEnergy(energy, heads, contexts=True) if heads else energy
-        self.search = Search(fine, self.words, first, first + self.free, RIDGE, config.shortlist)
+        self.search = Search(landscape.fine, self.words, first, first + self.free, RIDGE, config.shortlist)
 
-    def run(self, details: dict) -> Reconstruction:
+    def run(self, details: dict, start: tuple[int, ...] | None = None) -> Reconstruction:
+        """Rounds until the sentence is found or the budget spent; the first begins at `start` where there is one."""
         config = self.config
-        ridge = config.ridge * (HEADS_RIDGE if self.coarse is not self.energy else 1)
+        ridge = config.ridge * self.ridge
         schedule = Schedule(config.steps, config.restarts, config.rate, ridge, 0.1 * ridge)
         best: tuple[float, tuple[int, ...]] | None = None
         seen: Tensor | None = None
         rounds, verdict = 0, float("inf")
+        if start is not None:
+            seen = torch.tensor(start, device=self.words.device)[len(self.frame.first) :][: self.free, None]
+            end = self.search.descend(start, seen, config.budget // 2)
+            best, verdict = (self.search.scores[end], end), self.energy.verdict(torch.tensor(end, device=seen.device))
         while verdict >= 1 and (not rounds or self.energy.evaluations < config.budget):
             hint, trust = self._trust(best[1]) if best else (None, None)
             fresh = seen is None or rounds % FRESH == 0
@@ -92,7 +114,7 @@ class SentenceSearch:
         found = {"energy": best[0], "verdict": verdict, "rounds": rounds, "evaluations": self.energy.evaluations}
         details = details | found | {"length": self.length}
         if verdict < 1:
-            return sentence(self.victim, [best[1]], [1.0 - 0.5 * verdict], details)
+            return sentence(self.victim, [best[1]], [1.0 - 0.5 * max(0.0, verdict)], details)
         why = f"not found: the best sentence misses the gradient's floor {verdict:.1f} times over"
         confidence = [min(0.4, 0.5 / verdict)]
         return sentence(self.victim, [best[1]], confidence, details, status="budget_exhausted", reason=why)
@@ -117,7 +139,7 @@ class SentenceSearch:
         """Whether one of the sentences [k, n] is the answer."""
         values = self.search.score([tuple(row) for row in rows.tolist()])
         place = min(range(len(values)), key=values.__getitem__)
-        return values[place] < 0.5 and self.energy.verdict(rows[place]) < 1
+        return self.energy.verdict(rows[place]) < 1
 
     def _text(self, tokens: tuple[int, ...]) -> str:
         return self.victim.processor.decode(list(tokens), skip_special_tokens=True)

@@ -16,20 +16,24 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from lmleak.attacks import span
+from lmleak.attacks._applicability import Reading
 from lmleak.attacks._energy import Energy, Site, site
 from lmleak.attacks._energy_heads import Heads, heads
-from lmleak.attacks._rowspace import describe, dropped_out, known_input, matrix, weights
-from lmleak.attacks._subspace_batch import BatchSearch, Deflated, admitted, batch_site, batch_space
-from lmleak.attacks._subspace_relax import Schedule
-from lmleak.attacks._subspace_sentence import RIDGE, SentenceSearch
+from lmleak.attacks._energy_likelihood import Likelihood, lengths, noised
+from lmleak.attacks._replay import replay
+from lmleak.attacks._rowspace import dropped_out, known_input, weights
+from lmleak.attacks._subspace_batch import batch
+from lmleak.attacks._subspace_first import first_layer
+from lmleak.attacks._subspace_sentence import Landscape, SentenceSearch, landscape, vocabulary
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
 from lmleak.records import Entry, Knowledge, Observation, Reconstruction, Victim
 
 Positive = Annotated[int, Field(gt=0)]
 Number = Annotated[float, Field(gt=0)]
 
-COMPONENTS = ("attn_query", "attn_key", "attn_value", "attn_output", "ffn_in", "ffn_out")
+__all__ = ["COMPONENTS", "EXAMPLE", "Config", "attack", "reads", "replay"]
 
+COMPONENTS = ("attn_query", "attn_key", "attn_value", "attn_output", "ffn_in", "ffn_out")
 EXAMPLE = {
     "fields": {"budget": 3000},
     "select": {"components": ["attn_query"], "layers": [0]},
@@ -61,7 +65,8 @@ def attack(
 ) -> Reconstruction:
     """Finds the sentences whose inputs at the observed modules fill the spaces that their gradients show.
 
-    One from any module; several from layer 0's query, key or value together with a deeper module.
+    One from any module; several from any module too, and fastest from layer 0. Gradients that noise or rounding has
+    touched are read one sentence at a time, by what the sentence leaves unexplained.
     """
     if getattr(victim.family, "CAUSAL", True):
         return refuse("not_applicable", "the model is causal: prefix reads it token by token, and faster")
@@ -71,15 +76,13 @@ def attack(
     if not entries:
         return refuse("not_applicable", f"needs the weight gradient of one of {', '.join(COMPONENTS)}")
     if observation.batch_size != 1:
-        return _batch(config, observation, knowledge, victim, entries, generator, progress)
+        return batch(config, observation, knowledge, victim, entries, generator, progress)
     sites = [site(victim, observation, e) for e in entries]
     if all(s.space.zero for s in sites):
         return refuse("no_signal", "every observed gradient is zero")
-    clear = [s for s in sites if s.space.rank]
+    clear = [s for s in sites if s.exact]
     if not clear:
-        gap = max(s.space.gap for s in sites)
-        why = f"no spectrum has an edge (largest step {gap:.1f}): noise, or as many tokens as dimensions"
-        return refuse("no_signal", why, {"gap": gap})
+        return _noised(config, observation, knowledge, victim, entries, generator, progress)
     length, whole, why = _length(victim, clear, knowledge)
     details = {"rank": max(s.space.rank for s in clear), "gap": round(min(s.space.gap for s in clear), 3)}
     if not whole:
@@ -98,10 +101,15 @@ def attack(
         read = _by_heads(victim, energy, first, frame, length, details)
         if read is not None:
             return read
-        return SentenceSearch(config, energy, known, victim, frame, length, generator, progress).run(details)
+        return SentenceSearch(config, landscape(energy, known), victim, frame, length, generator, progress).run(details)
 
 
-def _batch(
+def reads(reading: Reading, victim: Victim, observation: Observation) -> bool:
+    """Whether one observed module of an encoder is enough: one that shows its inputs, or rises above its noise."""
+    return reading.status == "ok" and reading.rows != "table" and not getattr(victim.family, "CAUSAL", True)
+
+
+def _noised(
     config: Config,
     observation: Observation,
     knowledge: Knowledge,
@@ -110,54 +118,38 @@ def _batch(
     generator: torch.Generator,
     progress: Callable[[str], None],
 ) -> Reconstruction:
-    """Several sentences: the words from layer 0, the sentences from the deeper modules."""
-    readers = [e for e in entries if e.layer == 0 and e.component in span.READERS]
+    """One sentence under noise or rounding: lengths by what the likelihood says of them, then the same search."""
     layers = victim.module.config.num_hidden_layers
-    deeper = [e for e in entries if e not in readers and e.layer != layers - 1]
-    layer = known_input(victim)
+    parts = [noised(victim, observation, e) for e in entries if e.layer != layers - 1]
+    if not parts:
+        return refuse("not_applicable", "under noise the last layer's few directions are not read")
+    details: dict = {"rank": max(one.site.space.rank for one in parts), "noise": max(p.variance for p in parts) ** 0.5}
+    if not details["rank"]:
+        gap = max(one.site.space.gap for one in parts)
+        why = f"no spectrum has an edge or a direction above its noise (largest step {gap:.1f})"
+        return refuse("no_signal", why, details)
     frame = special_frame(victim, knowledge)
-    if not readers or not deeper or layer is None or layer.position is None or not frame.first:
-        why = (
-            "several sentences need layer 0's query, key or value, and a module behind it that is not in the last layer"
-        )
-        return refuse("not_applicable", why)
-    sites = [batch_site(victim, observation, e) for e in deeper]
-    clear = [s for s in sites if s.space.rank]
-    space = batch_space([matrix(victim.module, e, observation.gradients[e.name]) for e in readers])
-    if not clear or not space.rank:
-        gap = min([s.space.gap for s in sites] + [space.gap])
-        return refuse("no_signal", f"no spectrum falls to rounding (largest step {gap:.1f}): noise", {"gap": gap})
-    total = max(s.space.rank for s in clear)
-    places = admitted(victim, readers, space, frame, generator)
-    if not places.lengths:
-        return refuse(
-            "no_signal", "layer 0's row space admits no word: the gradient is of another model", describe(space)
-        )
-    energy = Deflated(victim, [s for s in clear if s.space.rank == total])
-    schedule = Schedule(config.steps, config.restarts, config.rate, config.ridge, 0.1 * config.ridge)
-    show = lambda tokens: progress(victim.processor.decode(list(tokens), skip_special_tokens=True))  # noqa: E731
+    energy = Energy(victim, [one.site for one in parts])
+    likelihood = Likelihood(energy, parts)
+    most = victim.module.config.max_position_embeddings - 2
+    tried = knowledge.lengths or lengths(parts, known_input(victim), frame.last[0] if frame.last else None, most)
+    tried = [n for n in tried if n > frame.size]
+    best: Reconstruction | None = None
+    words = vocabulary(victim).to(energy.table.device)
     with energy.attached():
-        effort = (schedule, RIDGE, config.shortlist, config.budget * observation.batch_size)
-        search = BatchSearch(energy, frame, places, observation.batch_size, *effort, generator, show)
-        search.run()
-    details = {
-        "rank": total,
-        "gap": round(min(s.space.gap for s in clear), 3),
-        "rank_layer_0": space.rank,
-        "words": len(places.words),
-        "found": len(search.found),
-        "left": energy.left,
-        "rounds": search.rounds,
-        "evaluations": energy.evaluations,
-    }
-    confidence = [1.0 - 0.5 * verdict for verdict in search.found.values()]
-    if not search.missing:
-        return sentence(victim, list(search.found), confidence, details)
-    why = f"found {len(search.found)} of {observation.batch_size} sentences; {energy.left} inputs are left unexplained"
-    doubtful = search.doubtful()
-    confidence += [0.1] * len(doubtful)
-    answers = [*search.found, *doubtful]
-    return sentence(victim, answers, confidence, details, status="budget_exhausted", reason=why)
+        for turn, n in enumerate(tried):
+            # The likeliest length has half of the budget, the next a quarter.
+            spent = 1.0 if turn + 1 == len(tried) else 1 - 0.5 ** (turn + 1)
+            share = config.model_copy(update={"budget": int(config.budget * spent)})
+            exact = n == max(one.site.tokens for one in parts)
+            ground = Landscape(energy if exact else likelihood, likelihood, likelihood)
+            start = first_layer(parts, known_input(victim), frame, n, words)
+            found = SentenceSearch(share, ground, victim, frame, n, generator, progress).run(details, start)
+            if best is None or found.details["verdict"] < best.details["verdict"]:
+                best = found
+            if best.status == "ok":
+                break
+    return best or refuse("no_signal", "what rises above the noise is less than a sentence", details)
 
 
 def _read(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lmleak import registry
 from lmleak.gradients import factors
 from lmleak.gradients.losses import forward, sample_losses
-from lmleak.records import Batch, Entry, Knowledge, Observation, Selection, Victim
+from lmleak.records import Batch, Entry, Knowledge, Observation, Reference, Selection, Victim
 from lmleak.seeds import derive, generator
 
 ClipScope = Literal["model", "selection", "per_layer"]
@@ -217,3 +217,11 @@ def grant(
         lengths=tuple(mask.sum(1).tolist()) if lengths and mask is not None else None,
         special_tokens=special_tokens,
     )
+
+
+def own_gradient(victim: Victim, tokens: Tensor, label: int, entries: tuple[Entry, ...]) -> Mapping[str, Tensor]:
+    """What anyone who has the model can compute: the gradient of token ids [1, n] of their own choice under a label."""
+    batch = Batch(
+        {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, tokens.new_tensor([label]), Reference()
+    )
+    return observe(victim, batch, Selection(entries, 1)).gradients

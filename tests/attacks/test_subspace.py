@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from lmleak import attack, load_batches, observe, select
+from lmleak.attacks._batch_energy import batch_site, batch_space
+from lmleak.attacks._batch_places import admitted
 from lmleak.attacks._energy import Energy, site
 from lmleak.attacks._energy_heads import HeadEnergy, heads
-from lmleak.attacks._subspace_batch import admitted, batch_site, batch_space
+from lmleak.attacks._energy_likelihood import Likelihood, noised
 from lmleak.attacks._text import special_frame
 from lmleak.records import Knowledge
 
@@ -81,12 +83,11 @@ def test_granted_length_that_the_rank_denies_is_refused(minilm):
     assert str(length) in result.reason
 
 
-def test_refuses_noise_and_a_batch_without_layer_0(minilm):
+def test_refuses_noise(minilm):
     seen, _ = seen_at(minilm, "attn_query", 1)
     draw = torch.Generator().manual_seed(0)
     noise = {name: torch.randn(g.shape, generator=draw) for name, g in seen.gradients.items()}
     assert attack(replace(seen, gradients=noise), minilm, "subspace").status == "no_signal"
-    assert attack(replace(seen, batch_size=2), minilm, "subspace").status == "not_applicable"
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +166,57 @@ def test_an_attention_output_shows_its_values_head_by_head(minilm, layer):
         slow.append(total / 12)
     torch.testing.assert_close(fast.double(), torch.stack(slow), rtol=1e-3, atol=1e-3)
     assert fast[0] < 0.1 * fast[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reads_a_sentence_off_a_rounded_gradient(minilm, dtype):
+    seen, batch = seen_at(minilm, "attn_query", 1)
+    rounded = {name: g.to(dtype) for name, g in seen.gradients.items()}
+    result = attack(replace(seen, gradients=rounded), minilm, "subspace")
+    assert result.status == "ok", result.reason
+    assert result.tokens == batch.reference.tokens
+    assert 0.5 < result.confidence[0] <= 1
+
+
+def noised_by(seen, std):
+    draw = torch.Generator().manual_seed(0)
+    return replace(
+        seen, gradients={n: g + std * torch.randn(g.shape, generator=draw) for n, g in seen.gradients.items()}
+    )
+
+
+def test_reads_a_sentence_off_layer_0_under_noise(minilm):
+    batch = load_batches(minilm, "sample", max_tokens=9, limit=1)[0]
+    seen = observe(
+        minilm, batch, select(minilm, components=["attn_query", "attn_value"], layers=0, parameters="weight")
+    )
+    result = attack(noised_by(seen, 2e-5), minilm, "subspace")
+    assert result.status == "ok", result.reason
+    assert result.tokens == batch.reference.tokens
+
+
+@pytest.mark.parametrize("component", ["attn_query", "attn_key", "ffn_in"])
+def test_likelihood_equals_the_plain_projection_and_knows_the_truth(minilm, component):
+    seen, batch = seen_at(minilm, component, 2)
+    seen, ids = noised_by(seen, 1e-5), batch.inputs["input_ids"][0]
+    one = noised(minilm, seen, seen.entries[0])
+    assert one.variance**0.5 == pytest.approx(1e-5, rel=0.05)
+    changed = ids.clone()
+    changed[2] = 2003
+    table = minilm.module.get_input_embeddings().weight.detach()
+    owner, slow, caught = minilm.module.get_submodule(seen.entries[0].module), [], {}
+    energy = Energy(minilm, [one.site])
+    hook = owner.register_forward_pre_hook(lambda module, args: caught.update(x=args[0]))
+    with energy.attached(), torch.no_grad():
+        fast = Likelihood(energy, [one]).of_tokens(torch.stack([ids, changed]), 1e-4).double()
+        for row in (ids, changed):
+            energy.inputs(table[row][None])
+            x = caught["x"][0].double()
+            x = x - x.mean(0) if component == "attn_key" else x
+            span = torch.linalg.svd(x, full_matrices=False).Vh[: len(x) - (component == "attn_key")]
+            slow.append((one.gradient - one.gradient @ span.T @ span).square().sum() / one.variance / 2)
+        hook.remove()
+        judge = Likelihood(energy, [one])
+        assert judge.verdict(ids) < 1 < judge.verdict(changed)
+    # The tail is taken for flat: a few of its nats may differ, not the thousands that tell sentences apart.
+    torch.testing.assert_close(fast[1] - fast[0], slow[1] - slow[0], rtol=0.1, atol=50.0)
