@@ -6,7 +6,7 @@ the inputs that carry gradient. Which those are follows from the architecture, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lmleak import registry
-from lmleak.attacks._rowspace import GAP, RowSpace, dropped_out, known_input, matrix, row_space
+from lmleak.attacks._batch_energy import batch_space
+from lmleak.attacks._rowspace import GAP, RowSpace, dropped_out, matrix, row_space
 from lmleak.gradients._tree import Tree
 from lmleak.records import Entry, Observation, Status, Victim
 
@@ -85,7 +86,7 @@ def readers(one: Reading, victim: Victim, observation: Observation) -> tuple[str
     """
     found = []
     for kind in registry.kinds("attacks"):
-        rule = getattr(registry.load("attacks", kind), "reads", None) or _READS.get(kind)
+        rule = getattr(registry.load("attacks", kind), "reads", None)
         if rule is not None and rule(one, victim, observation):
             found.append(kind)
     return tuple(found)
@@ -104,9 +105,7 @@ def _space(gradients: list[Tensor], batch_size: int) -> RowSpace:
         space = RowSpace(space.basis[:rank], values, float(steps[rank - 1] if rank else steps.max()))
     if space.rank or space.zero or batch_size == 1:
         return space
-    # Sentences of very different gradients leave a smaller step at the edge. Imported late: that file imports span.
-    from lmleak.attacks._subspace_batch import batch_space
-
+    # Sentences of very different gradients leave a smaller step at the edge.
     return batch_space(gradients)
 
 
@@ -119,7 +118,7 @@ def _blank(space: RowSpace, own: tuple[Entry, ...], observation: Observation) ->
     step = f"its spectrum has no edge (largest step {space.gap:.1f})"
     bits = {observation.gradients[e.name].dtype for e in own}
     if observation.defense.get("kind", "none") != "none":
-        return f"{step}: the noise of {observation.defense['kind']} fills it from {floor:.1g} of its first value down"
+        return f"{step}: what {observation.defense['kind']} left fills it from {floor:.1g} of its first value down"
     if bits & {torch.bfloat16, torch.float16}:
         kind = " and ".join(sorted(str(b).removeprefix("torch.") for b in bits))
         return f"{step}: rounding to {kind} fills it from {floor:.1g} of its first value down"
@@ -195,15 +194,3 @@ def _table(own: tuple[Entry, ...], gradient: Tensor) -> Reading:
 def _nothing(own: tuple[Entry, ...], why: str, status: Status) -> Reading:
     empty = torch.zeros(0, dtype=torch.float64)
     return Reading(own, RowSpace(torch.zeros(0, 1, dtype=torch.float64), empty, 1.0), "none", None, "", status, why)
-
-
-def _prefix(one: Reading, victim: Victim, observation: Observation) -> bool:
-    if one.status != "ok" or one.rows == "table" or not getattr(victim.family, "CAUSAL", False):
-        return False
-    first = one.entries[0].layer == 0 and one.entries[0].component in ATTENTION
-    position = getattr(known_input(victim), "position", None)
-    return not first or (observation.batch_size == 1 and position is not None)
-
-
-#: For kinds that do not say it themselves.
-_READS: dict[str, Callable[[Reading, Victim, Observation], bool]] = {"prefix": _prefix}

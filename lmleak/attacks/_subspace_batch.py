@@ -30,8 +30,6 @@ from lmleak.records import Entry, Knowledge, Observation, Reconstruction, Victim
 if TYPE_CHECKING:
     from lmleak.attacks.subspace import Config
 
-__all__ = ["BatchSearch", "Deflated", "admitted", "batch", "batch_site", "batch_space"]
-
 STEPS = 30  #: of a relaxation at least
 # Inputs of ffn_out are four times as wide as others: no other sentence's come near. Keys show differences only.
 ORDER = ("ffn_out", "attn_value", "attn_query", "ffn_in", "attn_output", "attn_key")

@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from lmleak.attacks._applicability import ATTENTION, Reading
 from lmleak.attacks._objective import frozen
 from lmleak.attacks._prefix_bags import pools, several
 from lmleak.attacks._prefix_first import first_token
@@ -24,9 +25,12 @@ from lmleak.attacks._prefix_last import last_token
 from lmleak.attacks._prefix_noise import noised
 from lmleak.attacks._prefix_search import Exhausted, Node, Search
 from lmleak.attacks._prefix_sites import Site, site, sites
-from lmleak.attacks._rowspace import RowSpace, describe, dropped_out, matrix, row_space
+from lmleak.attacks._replay import replay
+from lmleak.attacks._rowspace import RowSpace, describe, dropped_out, known_input, matrix, row_space
 from lmleak.attacks._text import refuse, sentence, special_frame
 from lmleak.records import Knowledge, Observation, Reconstruction, Status, Victim
+
+__all__ = ["EXAMPLE", "Config", "attack", "reads", "replay"]
 
 
 class Config(BaseModel):
@@ -121,6 +125,15 @@ def attack(
         except Exhausted:
             spent = True
         return _answer(victim, observation, where, space, search, spent, bool(frame.first))
+
+
+def reads(reading: Reading, victim: Victim, observation: Observation) -> bool:
+    """Whether one observed module is enough; layer 0's query, key and value only where positions are added."""
+    if reading.status != "ok" or reading.rows == "table" or not getattr(victim.family, "CAUSAL", False):
+        return False
+    first = reading.entries[0].layer == 0 and reading.entries[0].component in ATTENTION
+    position = getattr(known_input(victim), "position", None)
+    return not first or (observation.batch_size == 1 and position is not None)
 
 
 def _answer(

@@ -100,7 +100,7 @@ def test_as_many_tokens_as_dimensions_leave_no_edge(tiny_bert) -> None:
 def test_noise_rounding_and_zero_are_told_apart(minilm) -> None:
     noisy, kinds, _ = seen(minilm, "ffn_in", 2, defense={"kind": "gaussian_noise", "std": 1e-4})
     assert (noisy.rank, noisy.status, kinds) == (0, "no_signal", ())
-    assert "the noise of gaussian_noise fills it" in noisy.reason
+    assert "what gaussian_noise left fills it" in noisy.reason
     batch = load_batches(minilm, "sample", **SHORT)[0]
     plain = observe(minilm, batch, select(minilm, components=["ffn_in"], layers=[2], parameters="weight"))
     (name, gradient), *_ = plain.gradients.items()
