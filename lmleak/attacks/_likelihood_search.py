@@ -107,8 +107,8 @@ class Search:
         if not noise:
             energy = sum(float(t.double().square().sum()) for t in self.scorer.targets.values())
             return energy - 2 * product + square < EXACT * energy
-        # One word moves 0.5 % of the squared norm: below this noise that is five standard deviations.
-        return noise < 1e-3 * square**0.5 and product - square > -2 * noise * square**0.5
+        # One of MiniLM's words moves 1 % of the squared norm: five standard deviations and more below this noise.
+        return noise < 2e-3 * square**0.5 and abs(product - square) < 2 * noise * square**0.5
 
     def _narrow(self, values: list[float], drawn: list[Candidate]) -> None:
         """Lengths whose best drawn sentence scores best; the ascent may still change them."""

@@ -18,6 +18,7 @@ from lmleak.attacks._likelihood_search import Search, Space
 
 BLIND = 16  #: sentences drawn without the gradient; the best of them is what has to be beaten
 OTHERS = 3  #: drawn words that each word found is compared with
+UNUSUAL = 0.05  #: probability under which a misfit takes from the confidence
 ROUNDING = 1e-6  #: of the gradient's energy: what float32 leaves of a sentence that is exactly right
 
 
@@ -86,8 +87,9 @@ def judge(scorer: Scorer, search: Search, space: Space, risk: float, generator: 
     fit = None
     if scorer.noise:
         fit = float((products[0] - squares[0]) / (scorer.noise * squares[0].clamp_min(1e-300).sqrt()))
-        # The truth is below -3 once in 700 times; a sentence that is, is a local optimum.
-        sure = posterior * min(1.0, math.erfc(-fit / math.sqrt(2)))
+        # The truth is beyond 2 once in 20 times, beyond 3 once in 400: a sentence that is, is a local optimum, or
+        # stands in for another one of the batch.
+        sure = posterior * min(1.0, math.erfc(abs(fit) / math.sqrt(2)) / UNUSUAL)
     else:
         sure = posterior * (explained if explained > 1 - 1e-3 else 0.5 * max(explained, 0.0))
     found = Verdict(

@@ -30,7 +30,7 @@ from lmleak.records import Knowledge, Observation, Reconstruction, Victim
 
 Positive = Annotated[int, Field(gt=0)]
 
-ROUNDS = 2  #: how often each of several sentences is sought, given the others
+ROUNDS = 4  #: how often each of several sentences is sought, given the others
 CLEAR = 2.0  #: a matrix whose energy is this many times its noise's is clean enough for the exact attacks
 EVIDENCE = 12.0  #: standard deviations at which one row of the token table is as likely as a row can be
 #: An easy case, for the contract tests.
@@ -137,7 +137,9 @@ def _sought(
     rounds = ROUNDS if b > 1 else 1
     show = lambda one: progress(victim.processor.decode(list(one.tokens), skip_special_tokens=True))  # noqa: E731
     for turn in range(rounds):
-        for i, space in enumerate(spaces):
+        # A sentence read exactly is not sought again before the others have something to say of the rest.
+        for i in sorted(range(b), key=lambda i: starts[i] is not None):
+            space = spaces[i]
             # What the other sentences explain is not to be explained again.
             rest = dict(scorer.targets)
             for j, other in enumerate(found):
