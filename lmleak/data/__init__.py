@@ -19,21 +19,32 @@ def load_batches(victim: Victim, kind: str = "sample", *, seed: int = 0, **field
 
     Args:
         victim: whose tokenizer, task and device to use.
-        kind: file of `lmleak.data`: sample, local, hub, cola, sst2, rotten_tomatoes.
+        kind: file of `lmleak.data`: sample, local, hub, cola, sst2, rotten_tomatoes; photos, image_folder, idx.
         seed: of the order and of the masks.
         fields: the recipe's `data` block: split, batch_size, limit, shuffle, max_length, min_tokens, max_tokens, and
             the kind's own.
 
     Returns:
-        batches whose inputs `input_ids`, `attention_mask`, `position_ids` are [b, s] on the victim's device.
+        batches whose inputs `input_ids`, `attention_mask`, `position_ids` are [b, s] on the victim's device, or
+        `pixel_values` [b, c, y, x], normalised as the model wants it.
 
     Raises:
         DataError: the source cannot be read, is empty, or its labels do not fit the task.
     """
     from lmleak.data._batches import batches
+    from lmleak.data._pictures import Pictures, picture_batches
     from lmleak.errors import DataError
     from lmleak.models._fields import validated
 
     module = registry.load("data", kind)
     config = validated(module.Config, fields, "data", DataError)
-    return batches(victim, module.load(config), config, seed)
+    images = victim.task == "image-classification"
+    if images != hasattr(module, "IMAGES"):
+        fitting = "photos, image_folder, idx" if images else "sample, local, hub, ..."
+        raise DataError(f"data.kind: '{kind}' is no data for {victim.task}; use one of {fitting}")
+    found = module.load(config)
+    return (
+        picture_batches(victim, found, config, seed)
+        if isinstance(found, Pictures)
+        else batches(victim, found, config, seed)
+    )

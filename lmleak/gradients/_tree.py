@@ -19,7 +19,7 @@ CONTAINERS = ("layer", "encoder", "all")
 #: Every component name there is, for suggestions; a family has those of them that its architecture has.
 COMPONENTS = (
     "embedding", "attn_query", "attn_key", "attn_value", "attn_qkv", "attn_output", "ffn_in", "ffn_out",
-    "norm", "layer", "encoder", "pooler", "head", "all", "patch_embedding", "conv", "stage",
+    "norm", "layer", "encoder", "pooler", "head", "all", "patch_embedding", "position_embedding", "conv", "stage",
 )  # fmt: skip
 
 
@@ -135,8 +135,12 @@ class Tree:
         picks: dict[str, Pick] = {}
         for pattern in self.components.get(component, ()):
             where, _, cut = pattern.partition("#")
+            where, _, bare = where.partition("@")
             for module in self.modules:
-                if self._is(module, where):
+                if self._is(module, where) and bare:
+                    named = (slot for slot in self.slots[module] if slot.name == f"{module}.{bare}")
+                    picks.update((slot.name, Pick(slot, component)) for slot in named)
+                elif self._is(module, where):
                     for slot in (slot for name in self.below(module) for slot in self.slots[name]):
                         pick = self._slice(slot, module, component, cut) if cut else Pick(slot)
                         if pick:
@@ -150,7 +154,9 @@ class Tree:
         candidates.sort(key=lambda name: name == "attn_qkv")
         for name in lineage(module):
             for component in candidates:
-                if any("#" not in pattern and self._is(name, pattern) for pattern in self.components[component]):
+                if any(
+                    not {"#", "@"} & set(pattern) and self._is(name, pattern) for pattern in self.components[component]
+                ):
                     return component
         return None
 

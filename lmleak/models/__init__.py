@@ -24,7 +24,7 @@ def load_model(kind: str = "bert", *, seed: int = 0, **fields: Any) -> Victim:
     """Loads a model and its tokenizer as the client holds them.
 
     Args:
-        kind: file of `lmleak.models`: bert, roberta, distilbert, gpt2, llama, generic.
+        kind: file of `lmleak.models`: bert, roberta, distilbert, gpt2, llama, generic; vit, resnet, mlp.
         seed: draws heads that the weights do not bring, and `random` weights. The global generators are not touched.
         fields: the recipe's `model` block: weights, task, num_labels, config, tokenizer, mode, dtype, device, ...
 
@@ -57,4 +57,5 @@ def outline(kind: str = "bert", **fields: Any) -> Victim:
     from lmleak.models._loading import outline as outline_any
 
     module = family(kind)
-    return outline_any(validated(module.Config, {"weights": "random"} | fields, "model", ModelError), module, kind)
+    config = validated(module.Config, {"weights": "random"} | fields, "model", ModelError)
+    return module.outline(config) if hasattr(module, "outline") else outline_any(config, module, kind)

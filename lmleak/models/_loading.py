@@ -21,6 +21,7 @@ _AUTO = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
+    "image-classification": "AutoModelForImageClassification",
 }
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -164,7 +165,7 @@ def _settings(folder: Path, config: Config, family: ModuleType, kind: str) -> An
     _refuse_unknown(config.config, settings)
     for name, value in config.config.items():
         setattr(settings, name, value)
-    if config.task == "sequence-classification":
+    if config.task.endswith("classification"):
         settings.num_labels = config.num_labels
     return settings
 
@@ -185,8 +186,10 @@ def _random_settings(config: Config, family: ModuleType, kind: str, implied: dic
         raise ModelError(f"model.config.model_type: no '{model_type}'{did_you_mean(model_type, known)}") from error
     _refuse_unknown(given, defaults)
     fields = {name: value for name, value in implied.items() if _canonical(name, defaults) in _known(defaults)} | given
-    if config.task == "sequence-classification":
+    if config.task.endswith("classification"):
         fields["num_labels"] = config.num_labels
+    if model_type in getattr(family, "ARCHITECTURES", {}):
+        fields["architectures"] = [family.ARCHITECTURES[model_type]]
     return _call(type(defaults), **fields)
 
 

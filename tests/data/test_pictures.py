@@ -1,0 +1,120 @@
+"""Sources of pictures: what they return, and which file an error names."""
+
+from __future__ import annotations
+
+import gzip
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lmleak import load_batches, load_model
+from lmleak.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def rgb():
+    return load_model("mlp", config={"image_size": 8, "hidden": [4]}, num_labels=3, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def grey():
+    return load_model("mlp", config={"image_size": 8, "channels": 1, "hidden": [4]}, num_labels=3, device="cpu")
+
+
+def picture(path, size=(8, 8), seed=0, mode="RGB"):
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def test_class_folders_are_labels_and_pixels_come_back(rgb, tmp_path):
+    first = picture(tmp_path / "cat" / "0.png")
+    picture(tmp_path / "dog" / "0.png", seed=1)
+    batch = load_batches(rgb, "image_folder", path=str(tmp_path), batch_size=2, shuffle=False)[0]
+    assert batch.reference.labels == (0, 1)
+    expected = torch.from_numpy(first.astype(np.float32) / 255).permute(2, 0, 1)
+    assert torch.equal(batch.reference.images[0], expected)
+    torch.testing.assert_close(batch.inputs["pixel_values"][0], (expected - 0.5) / 0.5)
+
+
+def test_zip_with_a_list(rgb, tmp_path):
+    picture(tmp_path / "a.png")
+    path = tmp_path / "all.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(tmp_path / "a.png", "x/a.png")
+        archive.writestr("labels.csv", "file,label,class\nx/a.png,2,dog\n")
+    (batch,) = load_batches(rgb, "image_folder", path=str(path))
+    assert batch.reference.labels == (2,)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("labels.csv", "file,label\nx/b.png,2\n")
+    with pytest.raises(DataError, match=r"labels.csv' names 'x/b.png'"):
+        load_batches(rgb, "image_folder", path=str(path))
+
+
+def test_errors_name_the_file(rgb, grey, tmp_path):
+    load = lambda victim, **fields: load_batches(victim, "image_folder", path=str(tmp_path), **fields)  # noqa: E731
+    picture(tmp_path / "a" / "big.png", (12, 9))
+    with pytest.raises(DataError, match=r"big.png' is 12 x 9 pixels, the model reads 8 x 8"):
+        load(rgb)
+    assert load(rgb, fit="crop")[0].reference.images.shape == (1, 3, 8, 8)
+    (tmp_path / "a" / "big.png").unlink()
+    picture(tmp_path / "a" / "grey.png", mode="L")
+    with pytest.raises(DataError, match=r"grey.png' has 1 channel, the model reads 3"):
+        load(rgb)
+    assert load(rgb, convert=True)[0].reference.images.shape == (1, 3, 8, 8)
+    assert load(grey)[0].reference.images.shape == (1, 1, 8, 8)
+    data = (tmp_path / "a" / "grey.png").read_bytes()
+    (tmp_path / "a" / "grey.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"grey.png' is not an image that can be read"):
+        load(grey)
+    for name in "bcd":
+        picture(tmp_path / name / "x.png")
+    with pytest.raises(DataError, match=r"d/x.png' has label 3, outside 0..2"):
+        load(rgb)
+
+
+def idx(path, values, code=8):
+    head = bytes((0, 0, code, values.ndim)) + b"".join(int(n).to_bytes(4, "big") for n in values.shape)
+    path.write_bytes(gzip.compress(head + values.tobytes()))
+
+
+def test_idx(grey, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8)
+    path = tmp_path / "t-images-idx3-ubyte.gz"
+    idx(path, images)
+    idx(tmp_path / "t-labels-idx1-ubyte.gz", np.array([0, 1, 2, 0], dtype=np.uint8))
+    batch = load_batches(grey, "idx", path=str(path), batch_size=4, shuffle=False)[0]
+    assert batch.reference.labels == (0, 1, 2, 0)
+    assert torch.equal(batch.reference.images[:, 0], torch.from_numpy(images / np.float32(255)))
+    idx(path, images[:3])
+    with pytest.raises(DataError, match=r"3 images.*4 labels"):
+        load_batches(grey, "idx", path=str(path))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"t-images-idx3-ubyte.gz' cannot be read"):
+        load_batches(grey, "idx", path=str(path))
+    idx(path, images, code=13)
+    with pytest.raises(DataError, match="no idx file of bytes"):
+        load_batches(grey, "idx", path=str(path))
+
+
+def test_photos_are_colourful_and_all_there(rgb):
+    victim = load_model("mlp", config={"image_size": 8, "hidden": [4]}, device="cpu")
+    batch = load_batches(victim, "photos", batch_size=8)[0]
+    assert sorted(batch.reference.labels) == list(range(8))
+    assert (batch.reference.images.flatten(1).std(1) > 0.01).all()
+    other = load_batches(victim, "photos", batch_size=8, seed=0)[0]
+    assert torch.equal(batch.reference.images, other.reference.images)
+    with pytest.raises(DataError, match="label"):
+        load_batches(rgb, "photos")
+
+
+def test_text_and_pictures_are_not_mixed_up(rgb, tiny_bert):
+    with pytest.raises(DataError, match="'sample' is no data for image-classification"):
+        load_batches(rgb, "sample")
+    with pytest.raises(DataError, match="'photos' is no data for sequence-classification"):
+        load_batches(tiny_bert, "photos")
