@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lmleak.attacks._energy import CHUNK, Energy, Reached
-from lmleak.attacks._rowspace import matrix
+from lmleak.attacks._rowspace import GAP, matrix
 from lmleak.models._input import InputLayer
 from lmleak.records import Entry, Observation, Victim
 
@@ -28,13 +28,13 @@ class Heads:
     """Values that one attention output's gradient shows."""
 
     value: nn.Module  #: the layer's value projection
+    places: Tensor  #: [h] the heads whose spectrum has an edge; the others' weakest direction is lost in rounding
     metric: Tensor  #: [h, d_head, d_head], takes values to where a unit step costs a unit step of the layer's input
     basis: Tensor  #: [h, r, d_head] float32, orthonormal, in that metric
 
     def outside(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Shares of values [k, n, d] outside their head's space [k, h, n], and unit values [k, h, n, d_head]."""
-        h, _, width = self.basis.shape
-        x = values.unflatten(-1, (h, width)).transpose(1, 2) @ self.metric
+        x = values.unflatten(-1, (-1, self.metric.shape[-1])).transpose(-2, -3)[..., self.places, :, :] @ self.metric
         x = torch.nn.functional.normalize(x, dim=-1)
         return (1 - (x @ self.basis.mT).pow(2).sum(-1)).clamp_min(0), x
 
@@ -81,8 +81,12 @@ def heads(victim: Victim, observation: Observation, entry: Entry, tokens: int) -
     metric = turn @ torch.diag_embed(power.clamp_min(1e-12 * power.max()) ** -0.5) @ turn.mT
     gradient = matrix(victim.module, entry, observation.gradients[entry.name]).double()
     blocks = gradient.unflatten(1, (count, width)).transpose(0, 1)  # [h, d_out, d_head]
-    rows = torch.linalg.svd(blocks, full_matrices=False).Vh[:, :tokens] @ metric
-    return Heads(value, metric.float(), torch.linalg.qr(rows.mT).Q.mT.float())
+    _, values, right = torch.linalg.svd(blocks, full_matrices=False)
+    places = (values[:, tokens - 1] >= GAP * values[:, tokens]).nonzero().flatten()
+    if not len(places):
+        return None
+    rows = right[places, :tokens] @ metric[places]
+    return Heads(value, places, metric[places].float(), torch.linalg.qr(rows.mT).Q.mT.float())
 
 
 class HeadEnergy:

@@ -17,7 +17,7 @@ from lmleak.attacks._subspace_relax import Pool, Schedule, relax
 from lmleak.attacks._text import Frame, sentence
 from lmleak.records import Reconstruction, Victim
 
-FRESH = 4  #: every so many rounds start over the whole vocabulary, those between over the tokens met so far
+FRESH = 2  #: every so many rounds start over the whole vocabulary, those between over the tokens met so far
 HEADS_RIDGE = 10.0  #: of heads' values, which repeat each other more than inputs do, over that of inputs
 RIDGE = 1e-4  #: of the discrete energy: above float32's rounding of X X^T, below what separates sentences
 
