@@ -47,11 +47,12 @@ class Scorer:
 
     def __init__(self, victim: Victim, observation: Observation, mechanism: Gaussian | None):
         self.victim, self.mechanism, self.batch = victim, mechanism, observation.batch_size
-        self.entries = observation.entries
         self.table = victim.module.get_input_embeddings().weight.detach()
-        self.targets: Mapping[str, Tensor] = {
-            e.name: observation.gradients[e.name].detach().to(self.table.dtype) for e in self.entries
-        }
+        released = {e.name: observation.gradients[e.name].detach().to(self.table.dtype) for e in observation.entries}
+        # Exact zeros without noise were withheld: they say nothing of the sentence.
+        told = {name for name, tensor in released.items() if mechanism is not None or bool(tensor.any())}
+        self.entries = tuple(e for e in observation.entries if e.name in told)
+        self.targets: Mapping[str, Tensor] = {e.name: released[e.name] for e in self.entries}
         scoped = mechanism is not None and mechanism.scope == "model"
         self.whole = whole_model(victim.module) if scoped else ()
         self.scope = tuple({e.name: e for e in (*self.whole, *self.entries)}.values())

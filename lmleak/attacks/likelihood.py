@@ -210,8 +210,8 @@ def _exact(
 ) -> list[Candidate | None]:
     """Sentences that an exact attack reads, as starts, where the gradient is clean enough for one."""
     starts: list[Candidate | None] = [None] * observation.batch_size
-    matrices = [e for e in observation.entries if len(e.shape) > 1]
-    energy = max(float(scorer.targets[e.name].square().mean()) for e in matrices)
+    matrices = [e for e in scorer.entries if len(e.shape) > 1]
+    energy = max((float(scorer.targets[e.name].square().mean()) for e in matrices), default=0.0)
     if not config.exact or energy < CLEAR * scorer.noise**2:
         return starts
     kind = "prefix" if getattr(victim.family, "CAUSAL", False) else "subspace"

@@ -252,6 +252,17 @@ def test_a_prior_from_a_text_file_prefers_its_own_sentences(tmp_path):
         log_prior(str(tmp_path / "none.txt"), victim, "causal-lm")
 
 
+def test_withheld_modules_are_no_evidence_against_the_truth():
+    victim = tiny()
+    batch = load_batches(victim, "sample", limit=1, max_length=8)[0]
+    seen = observe(victim, batch, select(victim), {"kind": "withhold", "components": ["embedding"]})
+    scorer = Scorer(victim, seen, None)
+    truth = Candidate(tuple(batch.inputs["input_ids"][0].tolist()), int(batch.labels[0]))
+    with frozen(victim.module):
+        (product,), (square,) = scorer.measures([truth])
+    assert float(product) == pytest.approx(float(square), rel=1e-5)
+
+
 def test_refuses_what_it_cannot_score():
     victim = tiny("masked-lm")
     batch = load_batches(victim, "sample", limit=1, max_length=8)[0]
