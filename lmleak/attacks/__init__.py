@@ -43,6 +43,8 @@ def attack(
 
     module = registry.load("attacks", kind)
     config = module.Config(**fields)
+    if victim.task == "image-classification" and not hasattr(module, "IMAGES"):
+        return Reconstruction(status="not_applicable", reason=f"'{kind}' reads text, and this model reads images")
     return module.attack(
         config,
         observation,

@@ -2,7 +2,8 @@
 
 The input of layer 0's query, key and value is known for every (token, position), so one linear test over the vocabulary
 reads the sentence. Key needs differences: softmax is shift-invariant, its output gradients sum to zero over a sentence,
-and its row space holds x_i - x_0 only. No length, label, threshold or optimisation is needed.
+and its row space holds x_i - x_0 only. No length, label, threshold or optimisation is needed. For images the same
+space gives the patches by small linear systems: `_span_patches.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from torch import Tensor
 from lmleak.attacks._applicability import Reading, read
 from lmleak.attacks._replay import replay
 from lmleak.attacks._rowspace import RowSpace, describe, known_input, weights
+from lmleak.attacks._span_patches import attack_patches
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
 from lmleak.models._input import InputLayer
 from lmleak.records import Knowledge, Observation, Reconstruction, Victim
 
 __all__ = ["EXAMPLE", "READERS", "Config", "attack", "reads", "replay", "screen"]
 
+IMAGES = True  #: reads pictures too, see `_span_patches`
 READERS = ("attn_query", "attn_key", "attn_value", "attn_qkv")
 # Random directions outside the row space used to screen the vocabulary. A wrong token has at least 0.09 of its norm
 # outside; the chance that 8 Gaussian directions all miss it by 100 times is 1e-16 a token.
@@ -54,6 +57,8 @@ def attack(
     positions of different sentences, mixtures of words and positions lie in the space too, more pairs than its rank,
     so that nothing stands out and the answer is no_signal (Rotten Tomatoes, 8 sentences: 6,020 pairs at rank 181).
     """
+    if victim.task == "image-classification":
+        return attack_patches(observation, victim, READERS)
     layer = known_input(victim)
     if layer is None:
         return refuse("not_applicable", f"the input of layer 0 is not known in closed form for family '{victim.kind}'")
