@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmleak.errors import RunError
-from lmleak.runs import store
+from lmleak.runs import pictures, store
 from lmleak.runs.folder import Lock, read_facts, write_facts
 from lmleak.runs.measured import over_batches
 
@@ -195,14 +195,18 @@ def rescore(run_dir: str | Path, metrics: Sequence[str | Mapping[str, Any]] | No
         made: dict[tuple[str, int], Any] = {}
         for line in read_reconstructions(folder):
             found, truth = line["reconstruction"], line["reference"]
+            images = pictures.load(folder, line.get("images"))
             reconstruction = Reconstruction(
                 _tuples(found["tokens"]),
                 tuple(found["texts"]),
+                images.get("reconstruction"),
                 confidence=tuple(found["confidence"]),
                 status=found["status"],
                 reason=found["reason"],
             )
-            reference = Reference(_tuples(truth["tokens"]), tuple(truth["texts"]), labels=tuple(truth["labels"]))
+            reference = Reference(
+                _tuples(truth["tokens"]), tuple(truth["texts"]), images.get("reference"), tuple(truth["labels"])
+            )
             came = score(replace(reconstruction, status="ok"), reference, asked[line["cell"]])
             made[line["cell"], line["batch"]] = came
         for path in sorted(folder.glob(f"{store.RESULTS}-*.jsonl")):

@@ -22,7 +22,7 @@ class Store:
     """Appends the lines of one rank. Two processes never write to one file."""
 
     def __init__(self, folder: Path, rank: int = 0):
-        self._folder, self._rank = folder, rank
+        self.folder, self._rank = folder, rank
         self._files: dict[str, IO[bytes]] = {}
 
     def __enter__(self) -> Store:
@@ -45,7 +45,7 @@ class Store:
         self._write(RESULTS, {**result, **stamp})
 
     def _path(self, name: str) -> Path:
-        return self._folder / f"{name}-{self._rank}.jsonl"
+        return self.folder / f"{name}-{self._rank}.jsonl"
 
     def _write(self, name: str, line: Mapping[str, Any]) -> None:
         data = dump(line) + b"\n"

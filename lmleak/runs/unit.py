@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lmleak.runs import store
+from lmleak.runs import pictures, store
 from lmleak.runs.controls import other
 from lmleak.runs.progress import safe
 
@@ -43,6 +43,8 @@ def do(cell: Cell, batch: int, bench: Workbench, out: store.Store, watch: Watch 
             theirs = _scored(made, bench.batches(cell)[place].reference, cell.recipe.metrics)
             result["details"] = {**made.details, "wrong_update": {"gradient_of": place, **theirs}}
         recovered = {"cell": cell.id, "batch": batch, **_texts(private.reference, made)}
+        images = pictures.save(out.folder, cell.id, batch, private.reference, made)
+        recovered |= {"images": images} if images else {}
         result["seconds"] = {**seconds, "total": time.monotonic() - start}
         result, recovered = store.plain(result), store.plain(recovered)
     except Exception as error:

@@ -60,6 +60,7 @@ class Workbench:
 
             made = load_batches(self.victim(cell), **cell.recipe.data, seed=cell.recipe.seed)
             content = [[list(batch.reference.tokens), list(batch.reference.labels)] for batch in made]
+            content += [_pixels(batch) for batch in made if batch.reference.images is not None]
             self._same("data", key, _digest(json.dumps(content, default=list)))
             while len(self._batches) > 1:
                 self._batches.pop(next(iter(self._batches)))
@@ -204,6 +205,10 @@ def _fault(faults: dict[str, LmleakError], cell: Cell, field: str, do: Callable[
     except LmleakError as error:
         faults.setdefault(cell.recipe.explain(error, field), error)
         return None
+
+
+def _pixels(batch: Batch) -> list[Any]:
+    return [hashlib.sha256(batch.reference.images.contiguous().numpy().tobytes()).hexdigest()]
 
 
 def _digest(text: str) -> str:
