@@ -26,6 +26,7 @@ from lmleak.report import (
     _lines,
     _measured,
     _palette,
+    _pictures,
     _store,
     _study,
     _words,
@@ -123,6 +124,7 @@ def page(runs: Sequence[Run]) -> str:
         open_rows=OPEN_ROWS,
         open_examples=OPEN_EXAMPLES,
         examples=_examples(cells, main),
+        pictures=any(line.get("images") for run in runs for found in run.examples.values() for line in found.values()),
         private=_private(cells),
         controlled=_controls.table(every, main),
         replayed={(p.run.name, p.cell): _controls.replayed(p.line) for p in every},
@@ -207,13 +209,17 @@ def _examples(
         if all(value is None for value in scores.values()):
             continue  # what is not an answer is not shown as one
         picks = [
-            (what, batch, _words.percent(scores[batch], metric or ""), _diff.pairs(stored[batch])[:8])
+            (what, batch, _words.percent(scores[batch], metric or ""), _pairs(place, stored[batch]))
             for what, batch in _diff.worth_showing(scores)
         ]
         found.append((place, [pick for pick in picks if pick[3]]))
         if len(found) == EXAMPLE_CELLS:
             break
     return [(place, picks) for place, picks in found if picks]
+
+
+def _pairs(place: Place, line: Mapping[str, Any]) -> list[_diff.Pair]:
+    return _pictures.pairs(place.run.folder, line) if line.get("images") else _diff.pairs(line)[:8]
 
 
 def _private(cells: Sequence[Place]) -> list[tuple[str, Mapping[str, Any]]]:
