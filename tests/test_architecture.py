@@ -11,7 +11,9 @@ import lmleak
 
 PACKAGE = Path(lmleak.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = "errors seeds records registry config models data gradients defenses attacks measures metrics utility runs report"
+ROOMS = (
+    "errors seeds records registry config models data gradients defenses attacks measures metrics utility runs report"
+)
 ORDER = {name: i for i, name in enumerate([*ROOMS.split(), "_arguments", "cli", "__main__"])}
 
 
