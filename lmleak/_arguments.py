@@ -247,7 +247,7 @@ def print_readings(rows: list[dict[str, Any]]) -> None:
     for block in blocks.values():
         about = block[0]
         behind = "" if about["defense"] == "none" else f", behind {about['defense']}"
-        click.echo(f"select: {json.dumps(about['select'])}{behind}; first batch: {about['batch']['tokens']} tokens")
+        click.echo(f"select: {json.dumps(about['select'])}{behind}; first batch: {_size(about['batch'])}")
         table = [head]
         flat = [row for row in block if row["rows"] == "none" and not row["spectrum"] and not row["gap"] > 1]
         for row in block:
@@ -286,3 +286,7 @@ def _print_block(rows: list[dict[str, Any]]) -> None:
         click.echo("  ".join(line).rstrip())
     total = sum(row["parameters"] for row in rows)
     click.echo(f"{len(rows)} rows, {total:,} parameters, {sum(row['share'] for row in rows):.2%} of the model\n")
+
+
+def _size(batch: dict[str, Any]) -> str:
+    return f"{batch['sentences']} pictures" if batch["tokens"] is None else f"{batch['tokens']} tokens"

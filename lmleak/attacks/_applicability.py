@@ -86,7 +86,10 @@ def readers(one: Reading, victim: Victim, observation: Observation) -> tuple[str
     """
     found = []
     for kind in registry.kinds("attacks"):
-        rule = getattr(registry.load("attacks", kind), "reads", None)
+        module = registry.load("attacks", kind)
+        if observation.task == "image-classification" and not hasattr(module, "IMAGES"):
+            continue
+        rule = getattr(module, "reads", None)
         if rule is not None and rule(one, victim, observation):
             found.append(kind)
     return tuple(found)

@@ -16,6 +16,7 @@ attention is all but uniform, and it is 56 to 89 / 59 to 95 / refused, 18 and 53
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +52,13 @@ def attack_patches(observation: Observation, victim: Victim, readers: Sequence[s
     if space.zero:
         return refuse("no_signal", "the observed gradient is zero", describe(space))
     return _solve(victim, layer, space, keys)
+
+
+def reads_patches(victim: Victim, observation: Observation, entry: Entry) -> bool:
+    """Whether this one module is enough; asked and answered by solving it, a twentieth of a second."""
+    one = replace(observation, entries=(entry,), gradients={entry.name: observation.gradients[entry.name]})
+    readers = ("attn_query", "attn_key", "attn_value", "attn_qkv")
+    return attack_patches(one, victim, readers).status == "ok"
 
 
 def _space(victim: Victim, observation: Observation, used: Sequence[Entry], layer: PatchLayer, keys: bool) -> RowSpace:

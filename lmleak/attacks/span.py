@@ -18,7 +18,7 @@ from torch import Tensor
 from lmleak.attacks._applicability import Reading, read
 from lmleak.attacks._replay import replay
 from lmleak.attacks._rowspace import RowSpace, describe, known_input, weights
-from lmleak.attacks._span_patches import attack_patches
+from lmleak.attacks._span_patches import attack_patches, reads_patches
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
 from lmleak.models._input import InputLayer
 from lmleak.records import Knowledge, Observation, Reconstruction, Victim
@@ -93,6 +93,8 @@ def attack(
 def reads(reading: Reading, victim: Victim, observation: Observation) -> bool:
     """Whether one observed module is enough: layer 0's query or value, or its key where a first token is known."""
     entry, layer = reading.entries[0], known_input(victim)
+    if victim.task == "image-classification":
+        return reads_patches(victim, observation, entry)
     if reading.status != "ok" or entry.layer != 0 or entry.component not in READERS or layer is None:
         return False
     return reading.rows == "inputs" or bool(special_frame(victim, Knowledge()).first)

@@ -48,7 +48,9 @@ def replay(
     fields = dict(attack)
     kind = fields.pop("kind")
     module = registry.load("attacks", kind)
-    if not hasattr(module, "replay") or "input_ids" not in batch.inputs:
+    if "input_ids" not in batch.inputs:
+        return Reconstruction(status="not_applicable", reason="attacks on images have no measure at the true input yet")
+    if not hasattr(module, "replay"):
         why = f"'{kind}' has no measure of its own to take at the true input"
         return Reconstruction(status="not_applicable", reason=why)
     ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()

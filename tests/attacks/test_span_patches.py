@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lmleak import attack, load_batches, load_model, observe, registry, select
+from lmleak.attacks._applicability import read, readers
 from lmleak.metrics import score
 
 VIT = {
@@ -106,3 +107,10 @@ def test_what_it_cannot_read_is_refused_with_the_reason(vit):
 def test_attacks_on_text_say_so(vit, kind):
     observation, _ = seen(vit)
     refused(attack(observation, vit, kind), "not_applicable", "reads text")
+
+
+def test_the_table_of_modules_names_span_alone_and_only_where_it_answers(vit):
+    for layer, expected in ((0, ("span",)), (1, ())):
+        observation, _ = seen(vit, layer=layer)
+        one = read(vit, observation, observation.entries[0])
+        assert readers(one, vit, observation) == expected
