@@ -157,8 +157,9 @@ class Search:
     def sample(self, left: Tensor, count: int) -> Tensor:
         """Tokens to learn from: the prior's most likely ones and as many drawn from the whole vocabulary."""
         likely = self.order[torch.isin(self.order, left)][: count // 2]
-        drawn = left[torch.randperm(len(left), generator=self.generator)[: count // 2].to(left.device)]
-        return torch.cat([likely, drawn]).unique()
+        rest = left[~torch.isin(left, likely)]
+        drawn = rest[torch.randperm(len(rest), generator=self.generator)[: count // 2].to(left.device)]
+        return torch.cat([likely, drawn])
 
     def test(self, node: Node, tokens: Tensor) -> None:
         """Runs continuations of one node and keeps those whose feature lies in the space."""

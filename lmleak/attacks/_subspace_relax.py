@@ -92,13 +92,14 @@ def relax(
         logits = logits + prior.clamp_min(-1e4)  # finite: the mean slope over the words is taken
     # Easy modules (queries) are slowed by a ridge, hard ones (attention outputs, deep) never found without.
     ridges = schedule.floor * (schedule.ridge / schedule.floor) ** torch.linspace(1, 0, k).to(table)
+    part = table[words]
     for step in range(schedule.steps):
         # Tokens of no weight anywhere leave: the products with the table then cost nothing beside the model.
         if step in (schedule.steps * 3 // 10, schedule.steps * 6 // 10):
             width = 2000 if step < schedule.steps // 2 else 200
             keep = logits.flatten(0, 1).topk(min(width, len(words)), -1).indices.unique()
             words, logits = words[keep], logits[..., keep]
-        part = table[words]
+            part = table[words]
         soft = logits.softmax(-1) @ part
         embeds = torch.cat([fixed[:, :start], soft, fixed[:, stop:]], 1).requires_grad_(True)
         ridge = (ridges * (1 - 1.2 * step / schedule.steps)).clamp_min(schedule.floor)
