@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lmleak.attacks._energy import CHUNK, Energy, Site
-from lmleak.attacks._prefix_evidence import noise_level
+from lmleak.attacks._evidence import noise_level
 from lmleak.attacks._rowspace import RowSpace, matrix
 from lmleak.models._input import InputLayer
 from lmleak.records import Entry, Observation, Victim

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lmleak.attacks._prefix_evidence import Evidence, Rows
+from lmleak.attacks._evidence import Evidence, Rows
 from lmleak.attacks._prefix_forward import Prefix, Reader
 from lmleak.attacks._prefix_guess import SKETCH, Guess
 from lmleak.models._input import InputLayer

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lmleak.attacks._evidence import Evidence
 from lmleak.attacks._prefix_beam import Beam, Path, Witness
-from lmleak.attacks._prefix_evidence import Evidence
 from lmleak.attacks._prefix_forward import Prefix, Reader
 from lmleak.attacks._prefix_last import last_token
 from lmleak.attacks._prefix_sites import Site, rotary

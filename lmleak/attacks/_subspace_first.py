@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmleak.attacks._energy_likelihood import Noised
-from lmleak.attacks._prefix_evidence import Evidence
+from lmleak.attacks._evidence import Evidence
 from lmleak.attacks._text import Frame
 from lmleak.models._input import InputLayer
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lmleak.attacks import attack
-from lmleak.attacks._prefix_evidence import Evidence, edge, noise_level
+from lmleak.attacks._evidence import Evidence, edge, noise_level
 from lmleak.data import load_batches
 from lmleak.gradients import observe, select
 from lmleak.models import load_model
