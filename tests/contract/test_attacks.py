@@ -1,7 +1,8 @@
 """What every attack promises; a new file in lmleak/attacks is picked up by itself.
 
 A file states `EXAMPLE`: a case so easy that it must beat chance. `fields` of its Config, `select` as in a recipe,
-`knowledge` that it is granted, `batch_size`, and optionally `model`, the `load_model` fields of another victim.
+`knowledge` that it is granted, `batch_size`, and optionally `model`, the `load_model` fields of another victim, and
+`answer: labels` where it returns labels and no text.
 """
 
 from __future__ import annotations
@@ -80,8 +81,16 @@ def chance(truth, vocabulary: int) -> float:
     return max(overlap([[draw.randrange(vocabulary) for _ in row] for row in truth], truth) for _ in range(200))
 
 
+def right(kind: str, result: Reconstruction, batch: Batch) -> bool:
+    if example(kind).get("answer") == "labels":
+        return sorted(result.labels) == sorted(batch.reference.labels)
+    truth = batch.reference.tokens
+    return overlap(result.tokens, truth) > chance(truth, len(victim_for(kind).processor))
+
+
 def refused(result: Reconstruction) -> bool:
-    return result.status in ("not_applicable", "no_signal") and bool(result.reason) and not result.texts
+    said = result.texts or result.labels
+    return result.status in ("not_applicable", "no_signal") and bool(result.reason) and not said
 
 
 def noise(seen: Observation, seed: int = 0) -> Observation:
@@ -95,7 +104,7 @@ def test_states_itself(kind):
     config = module.Config.model_config
     assert config["extra"] == "forbid"
     assert config["frozen"]
-    assert set(example(kind)) - {"model"} == {"fields", "select", "knowledge", "batch_size"}
+    assert set(example(kind)) - {"model", "answer"} == {"fields", "select", "knowledge", "batch_size"}
     source = registry.summary("attacks", kind)
     assert any(part[:4].isdigit() and "." in part for part in source.replace(")", " ").split()), "cites no arXiv id"
 
@@ -103,10 +112,10 @@ def test_states_itself(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_beats_chance_on_its_easy_case(kind):
     result, batch = answer(kind)
-    truth = batch.reference.tokens
     assert result.status == "ok", result.reason
-    assert len(result.tokens) == len(result.texts) == len(truth)
-    assert overlap(result.tokens, truth) > chance(truth, len(victim_for(kind).processor))
+    assert len(result.tokens) == len(result.texts)
+    assert len(result.labels or result.texts) == len(batch.labels)
+    assert right(kind, result, batch)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,8 +199,7 @@ def test_refuses_a_client_with_dropout_or_reads_it_all_the_same(kind):
     seen, known, batch = easy(kind, victim)
     assert seen.mode == "train"
     result = run(kind, victim, seen, known)
-    truth = batch.reference.tokens
-    assert refused(result) or overlap(result.tokens, truth) > chance(truth, len(victim.processor))
+    assert refused(result) or right(kind, result, batch)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,173 @@
+"""The labels of a batch, read off the gradient of the classifier's last layer.
+
+Row c of that gradient is the sum over samples of `(p_ic - y_ic) h_i` (h: what the layer reads; the bias reads a 1), so
+a label pulls its own row down. What the samples' own probabilities p add is not known, and that is the whole problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lmleak.attacks._objective import frozen
+from lmleak.attacks._rowspace import matrix
+from lmleak.attacks._text import refuse
+from lmleak.gradients.losses import forward
+from lmleak.records import Knowledge, Observation, Reconstruction, Victim
+
+Strategy = Literal["best", "minimum", "bias", "expected"]
+
+#: Most of the gradient's energy that may lie in the sum of its rows, which is zero without noise and 1 in noise alone.
+NOISE = 0.5
+ROUNDING = 1e-4  #: of a sum over a batch, in samples
+TOKENS = 16  #: of a random text
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last layer's gradient, summed over the batch."""
+
+    weight: Tensor | None  #: [classes, d] float64
+    bias: Tensor | None  #: [classes] float64
+    module: nn.Module
+    batch: int
+
+    @property
+    def counted(self) -> Tensor:
+        """[classes] float64: each class's probabilities over the batch less its count, or that times a common factor.
+
+        Without the bias's gradient, the weight's row sums; their factor is the mean of an input's sum.
+        """
+        if self.bias is not None:
+            return self.bias
+        assert self.weight is not None
+        return self.weight.sum(1)
+
+
+def recover_labels(
+    observation: Observation, victim: Victim, strategy: Strategy = "best", knowledge: Knowledge | None = None
+) -> tuple[int, ...] | Reconstruction:
+    """The batch's labels, in ascending order: which sample has which cannot be told from sums.
+
+    Args:
+        observation: of the classifier's last linear layer, its weight, its bias or both, among whatever else.
+        victim: the public model, an image or a sequence classifier.
+        strategy: `minimum`: the classes with the lowest values of the weight's gradient (Yin et al., 2021,
+            arXiv 2104.07586), which never repeats a label and needs inputs that are not negative; `bias`: counts from
+            the bias's gradient, where a class that is pulled down is there, and each further sample takes the mean pull
+            away (Wainakh et al., 2022, arXiv 2105.09369); `expected`: counts from the bias's gradient and the mean
+            probabilities of the model on random inputs; `best`: what this file knows best.
+        knowledge: granted labels are returned as they are.
+
+    Returns:
+        One class a sample, or a refusal with its reason.
+    """
+    if knowledge is not None and knowledge.labels is not None:
+        return knowledge.labels
+    head = read_head(observation, victim)
+    if isinstance(head, Reconstruction):
+        return head
+    rules: dict[str, Callable[[], Tensor | str]] = {
+        "minimum": lambda: _minimum(head),
+        "bias": lambda: _bias(head),
+        "expected": lambda: _expected(head, victim),
+        "best": lambda: _expected(head, victim),
+    }
+    found = rules[strategy]()
+    return refuse("not_applicable", found) if isinstance(found, str) else tuple(sorted(found.tolist()))
+
+
+def read_head(observation: Observation, victim: Victim) -> Head | Reconstruction:
+    """The last linear layer's observed gradient, or a refusal."""
+    if victim.task not in ("image-classification", "sequence-classification"):
+        return refuse("not_applicable", f"labels are a classifier's; this model's task is {victim.task}")
+    linear = {name: part for name, part in victim.module.named_modules() if isinstance(part, nn.Linear)}
+    if not linear:
+        return refuse("not_applicable", "the model has no linear layer to read labels from")
+    name = list(linear)[-1]
+    module, size = linear[name], observation.batch_size
+    scale = size if observation.reduction == "mean" else 1
+    parts: dict[bool, Tensor] = {}
+    for entry in observation.entries:
+        if entry.module == name and entry.part is None:
+            gradient = observation.gradients[entry.name].double() * scale
+            parts[gradient.dim() == 1] = gradient if gradient.dim() == 1 else matrix(victim.module, entry, gradient)
+    if not parts:
+        return refuse("not_applicable", f"labels need the gradient of the last layer, '{name}', which is not observed")
+    if not any(bool(part.any()) for part in parts.values()):
+        return refuse("no_signal", f"the observed gradient of the last layer, '{name}', is zero")
+    # Probabilities and labels sum to the same, so that rows cancel.
+    rows = torch.cat([part.reshape(len(part), -1) for part in parts.values()], 1)
+    share = float(rows.sum(0).square().sum() / rows.square().sum())
+    if share > NOISE:
+        return refuse("no_signal", f"the rows of '{name}' do not cancel (share of their sum {share:.2g}): noise")
+    return Head(parts.get(False), parts.get(True), module, size)
+
+
+def _minimum(head: Head) -> Tensor | str:
+    if head.weight is None:
+        return "this strategy reads the last layer's weight, and only its bias is observed"
+    lowest = head.weight.min(1).values
+    if head.batch > len(lowest):
+        return f"this strategy finds each class once, and {head.batch} samples share {len(lowest)} classes"
+    return lowest.topk(head.batch, largest=False).indices
+
+
+def _bias(head: Head) -> Tensor | str:
+    left = head.counted.clone()
+    there = (left < 0).nonzero().flatten()
+    there = there[left[there].argsort()][: head.batch]
+    pull = left[there].sum() / head.batch
+    left[there] -= pull
+    labels = there.tolist()
+    while len(labels) < head.batch:
+        labels.append(int(left.argmin()))
+        left[labels[-1]] -= pull
+    return torch.tensor(labels)
+
+
+def _expected(head: Head, victim: Victim) -> Tensor:
+    """The counts nearest to what the gradient leaves of the probabilities that the model is expected to give."""
+    inputs, probabilities = guess(victim)
+    pull = head.counted if head.bias is not None else head.counted / inputs.sum(1).mean()
+    return nearest(head.batch * probabilities.mean(0) - pull, -pull, head.batch)
+
+
+def nearest(wanted: Tensor, least: Tensor, total: int) -> Tensor:
+    """Labels whose counts [classes] add up to `total`, are near `wanted` and, where that can be, above `least`."""
+    counts = (least - ROUNDING).ceil().clamp_min(0)
+    if counts.sum() > total:
+        counts = torch.zeros_like(counts)
+    while counts.sum() < total:
+        counts[int((wanted - counts).argmax())] += 1
+    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts.long())
+
+
+def guess(victim: Victim, count: int = 32) -> tuple[Tensor, Tensor]:
+    """What the last layer reads [count, d] and gives [count, classes] for random pictures or tokens, in float64."""
+    draw = torch.Generator().manual_seed(0)  # the same question for everyone who asks
+    weight = next(victim.module.parameters())
+    form, inputs = victim.processor, {}
+    if victim.task == "image-classification":
+        # Blots of a few sizes: of plain noise a network sees little but its mean.
+        pixels = torch.zeros(count, form.channels, form.height, form.width)
+        for side in (1, 2, 4, 8):
+            rough = torch.rand(count, form.channels, side, side, generator=draw)
+            pixels += torch.nn.functional.interpolate(rough, pixels.shape[2:], mode="bilinear") / 4
+        inputs["pixel_values"] = form.normalised(pixels.to(weight))
+    else:
+        ids = torch.randint(len(form), (count, TOKENS), generator=draw).to(weight.device)
+        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    *_, last = (part for part in victim.module.modules() if isinstance(part, nn.Linear))
+    read: list[Tensor] = []
+    handle = last.register_forward_pre_hook(lambda _, args: read.append(args[0].detach()))
+    try:
+        with torch.no_grad(), frozen(victim.module):
+            logits = forward(victim.module, inputs)
+    finally:
+        handle.remove()
+    return read[0].reshape(count, -1, read[0].shape[-1])[:, -1].double(), logits.double().softmax(1)
