@@ -24,7 +24,8 @@ def load_model(kind: str = "bert", *, seed: int = 0, **fields: Any) -> Victim:
     """Loads a model and its tokenizer as the client holds them.
 
     Args:
-        kind: file of `lmleak.models`: bert, roberta, distilbert, gpt2, llama, generic; vit, resnet, mlp.
+        kind: file of `lmleak.models`: bert, roberta, distilbert, gpt2, llama, generic; vit, resnet, hf_resnet,
+            convnet, mlp, custom.
         seed: draws heads that the weights do not bring, and `random` weights. The global generators are not touched.
         fields: the recipe's `model` block: weights, task, num_labels, config, tokenizer, mode, dtype, device, ...
 
@@ -53,9 +54,9 @@ def outline(kind: str = "bert", **fields: Any) -> Victim:
         ModelError, MissingExtra: as in `load_model`.
     """
     from lmleak.errors import ModelError
+    from lmleak.models import _images, _loading
     from lmleak.models._fields import validated
-    from lmleak.models._loading import outline as outline_any
 
     module = family(kind)
     config = validated(module.Config, {"weights": "random"} | fields, "model", ModelError)
-    return module.outline(config) if hasattr(module, "outline") else outline_any(config, module, kind)
+    return (_images if hasattr(module, "build") else _loading).outline(config, module, kind)

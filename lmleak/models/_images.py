@@ -1,4 +1,8 @@
-"""What image models share: the recipe's `model:` block, what a picture must look like, and loading by transformers."""
+"""What image models share: the recipe's `model:` block, what a picture must look like, and loading.
+
+A family that builds its module itself has `build(config)` and a Config with `config: Shape`; the others load by
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +38,15 @@ class Common(BaseModel):
     device: str | None = Field(None, description="default: accelerate's choice for this process")
 
 
+class Shape(BaseModel):
+    """What every architecture that is built here has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    channels: int = Field(3, ge=1)
+    image_size: int = Field(32, ge=1)
+
+
 @dataclass(frozen=True)
 class ImageFormat:
     """A Victim's `processor` for images: all public. Pixels in [0, 1] enter the model as (x - mean) / std."""
@@ -63,13 +76,13 @@ def image_format(config: Any, channels: int, size: tuple[int, int], mean: Triple
     Raises:
         ModelError: neither the recipe nor the weights say how pixels are normalised, or not for every channel.
     """
-    mean, std = config.mean or mean, config.std or std
     if config.weights == "random":
-        mean, std = mean or (0.5,) * channels, std or (0.5,) * channels
+        mean = std = (0.5,) * channels
+    mean, std = config.mean or mean, config.std or std
     if mean is None or std is None:
         raise ModelError(
-            f"model.mean: '{config.weights}' does not say how its pixels are normalised (no preprocessor_config.json); "
-            "give model.mean and model.std, a number for each channel"
+            f"model.mean: '{config.weights}' does not say how its pixels are normalised "
+            "(no preprocessor_config.json beside it); give model.mean and model.std, a number for each channel"
         )
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
@@ -105,9 +118,39 @@ def load(config: Any, seed: int, family: ModuleType, kind: str) -> Victim:
                 **kwargs,
             )
             name = f"{config.weights} sha256:{version}"
-    size = settings.image_size
+    size = getattr(config, "image_size", None) or settings.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     return finished(config, module, image_format(config, settings.num_channels, size, mean, std), family, kind, name)
+
+
+def build(config: Any, seed: int, family: ModuleType, kind: str) -> Victim:
+    """The victim of a family that builds its own module: weights drawn, or read from a checkpoint file.
+
+    `MEAN` and `STD` of the family are what checkpoints of its kind were trained with, `renamed(name, module)` turns
+    their names into ours.
+    """
+    from lmleak.models._checkpoint import fill
+
+    shape = config.config
+    with _loading._own_generator(seed):
+        module = family.build(config)
+    if config.weights == "random":
+        name = drawn(kind, shape.model_dump() | {"num_labels": config.num_labels}, seed)
+    else:
+        renamed = getattr(family, "renamed", None)
+        name = fill(module, config.weights, renamed and (lambda name: renamed(name, module)))
+    mean, std = getattr(family, "MEAN", None), getattr(family, "STD", None)
+    form = image_format(config, shape.channels, (shape.image_size,) * 2, mean, std)
+    return finished(config, module, form, family, kind, name)
+
+
+def outline(config: Any, family: ModuleType, kind: str) -> Victim:
+    """Names and shapes alone of a family that builds its own module: on the meta device."""
+    import torch
+
+    with _loading._own_generator(0), torch.device("meta"):
+        module = family.build(config)
+    return Victim(module, None, _loading._adapted(family, module), kind, config.task, config.weights)
 
 
 def finished(config: Any, module: Any, form: ImageFormat, family: ModuleType, kind: str, name: str) -> Victim:
@@ -116,7 +159,7 @@ def finished(config: Any, module: Any, form: ImageFormat, family: ModuleType, ki
 
     module.train(config.mode == "train")
     module.to(device=_loading._device(config.device), dtype=getattr(torch, config.dtype))
-    return Victim(module, form, family, kind, config.task, name, config.mode)
+    return Victim(module, form, _loading._adapted(family, module), kind, config.task, name, config.mode)
 
 
 def drawn(kind: str, settings: Any, seed: int) -> str:

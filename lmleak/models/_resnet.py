@@ -28,11 +28,11 @@ class Residual(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Pictures [b, 3, y, x] -> an object with `logits` [b, classes], as transformers' models give."""
+    """Pictures [b, c, y, x] -> an object with `logits` [b, classes], as transformers' models give."""
 
-    def __init__(self, per_stage: int, width: int, classes: int):
+    def __init__(self, channels: int, per_stage: int, width: int, classes: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         blocks, before = [], width
         for stage in range(3):

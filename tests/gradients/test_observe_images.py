@@ -18,6 +18,7 @@ VIT = {
     "intermediate_size": 24,
 }
 SMALL = {"vit": VIT, "resnet": {"depth": 8, "width": 4, "image_size": 16}, "mlp": {"image_size": 16, "hidden": [20]}}
+SMALL["convnet"] = {"image_size": 16, "channels_out": [4, 6], "strides": 2, "hidden": [20], "norm": "batch"}
 
 
 @pytest.fixture(scope="module", params=SMALL)

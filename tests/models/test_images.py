@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lmleak import load_batches, load_model, select
 from lmleak.errors import ModelError
@@ -22,6 +23,7 @@ VIT = {
     "intermediate_size": 48,
 }
 SMALL = {"vit": VIT, "resnet": {"depth": 8, "width": 4, "image_size": 16}, "mlp": {"image_size": 16, "hidden": [20]}}
+SMALL["convnet"] = {"image_size": 16, "channels_out": [4, 6], "strides": 2, "hidden": [20], "norm": "batch"}
 
 
 @pytest.mark.parametrize("kind", ["vit", "deit"])
@@ -45,6 +47,63 @@ def test_residual_blocks_are_layers_and_every_part_has_a_component():
     assert not [row for row in modules_table(victim) if row["component"] is None]
     with pytest.raises(ModelError, match="depth: 21"):
         outline("resnet", config={"depth": 21})
+
+
+def test_convolutions_then_dense_layers_are_counted():
+    victim = outline("convnet", config=SMALL["convnet"])
+    assert [e.name for e in select(victim, components=["conv"], layers=[1]).entries] == [
+        "layers.1.conv.weight",
+        "layers.1.conv.bias",
+    ]
+    assert {e.layer for e in select(victim, components=["linear"]).entries} == {2}
+    assert {e.layer for e in select(victim, components=["head"]).entries} == {None}
+    assert not [row for row in modules_table(victim) if row["component"] is None]
+
+
+def test_a_convnet_s_sizes_are_checked_before_anything_is_built():
+    with pytest.raises(ModelError, match=r"model.config.strides: 2 values for 3 convolutions"):
+        outline("convnet", config={"strides": [2, 2]})
+    with pytest.raises(ModelError, match="convolution 1 has no place for its kernel in 2 x 2"):
+        outline("convnet", config={"image_size": 4, "paddings": 0, "kernels": 3, "strides": 1})
+
+
+def test_the_default_convnet_is_lenet_and_geiping_s_can_be_written():
+    lenet = load_model("convnet", config={"spread": 0.5}, device="cpu")
+    assert lenet.module.linear.in_features == 768
+    assert all(0.45 < p.abs().max() <= 0.5 for p in lenet.module.parameters() if p.numel() > 100)
+    wide = {"channels_out": [64, 128, 128, 256, 256, 256, 256, 256, 256], "pools": [1, 1, 1, 1, 1, 3, 1, 1, 3]}
+    shape = wide | {"kernels": 3, "strides": 1, "paddings": 1, "norm": "batch", "activation": "relu"}
+    assert outline("convnet", config=shape).module.linear.in_features == 9 * 256
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid", "softplus"])
+def test_a_convnet_is_its_layers_in_a_row(activation):
+    shape = {"image_size": 9, "channels_out": [4, 5], "kernels": [3, 2], "strides": 1, "paddings": [1, 0]}
+    victim = load_model("convnet", config=shape | {"hidden": [7], "activation": activation, "pools": [1, 2]})
+    x = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    first, second, dense = victim.module.layers
+    act = getattr(torch, activation, None) or getattr(torch.nn.functional, activation)
+    y = act(torch.nn.functional.conv2d(x, first.conv.weight, first.conv.bias, padding=1))
+    y = torch.nn.functional.max_pool2d(act(torch.nn.functional.conv2d(y, second.conv.weight, second.conv.bias)), 2)
+    y = act(y.flatten(1) @ dense.dense.weight.T + dense.dense.bias)
+    expected = y @ victim.module.linear.weight.T + victim.module.linear.bias
+    torch.testing.assert_close(victim.module(pixel_values=x).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "convnet", "resnet"])
+def test_checkpoints_come_back(kind, tmp_path):
+    made = load_model(kind, config=SMALL[kind], seed=1, device="cpu")
+    safe, plain = tmp_path / "a.safetensors", tmp_path / "b.pt"
+    save_file(made.module.state_dict(), safe)
+    torch.save({"state_dict": {f"module.{name}": t for name, t in made.module.state_dict().items()}}, plain)
+    for path in (safe, plain):
+        said = {"mean": [0.5] * 3, "std": [0.5] * 3}
+        victim = load_model(kind, config=SMALL[kind], weights=str(path), device="cpu", **said)
+        assert all(torch.equal(a, b) for a, b in zip(victim.module.parameters(), made.module.parameters(), strict=True))
+        assert "sha256" in victim.weights
+    if kind != "resnet":
+        with pytest.raises(ModelError, match=r"a.safetensors' does not say how its pixels"):
+            load_model(kind, config=SMALL[kind], weights=str(safe), device="cpu")
 
 
 @pytest.mark.parametrize("kind", ["vit", "deit"])
@@ -103,7 +162,10 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"bad.th.*without running code"):
         load_model("resnet", weights=str(path), device="cpu")
     torch.save({"state_dict": {"module.conv1.weight": torch.zeros(1)}}, path)
-    with pytest.raises(ModelError, match="does not fit depth 20"):
+    with pytest.raises(
+        ModelError,
+        match=r"bad.th' does not fit.*97 names.*first conv1.weight \(1 in the file, 16 x 3 x 3 x 3 in the model\)",
+    ):
         load_model("resnet", weights=str(path), device="cpu")
 
 
