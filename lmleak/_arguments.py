@@ -42,20 +42,22 @@ def selections(recipe: Recipe) -> Iterator[tuple[dict[str, Any], Selection]]:
         RecipeError: a selection or the model is wrong, with its place.
     """
     from lmleak.config import cells
+    from lmleak.defenses import install, installs
     from lmleak.gradients import select
     from lmleak.models import outline
 
     victims: dict[str, Any] = {}
     seen: set[str] = set()
     for cell in cells(recipe):
-        model, wanted = json.dumps(cell.recipe.model, sort_keys=True), cell.recipe.select
+        change = cell.recipe.defense if installs(cell.recipe.defense) else {"kind": "none"}
+        model, wanted = json.dumps([cell.recipe.model, change], sort_keys=True), cell.recipe.select
         key = model + json.dumps(wanted, sort_keys=True)
         if key in seen:
             continue
         seen.add(key)
         with placed(cell.recipe):
             if model not in victims:
-                victims[model] = outline(**cell.recipe.model)
+                victims[model] = install(outline(**cell.recipe.model), change)
             yield {k: v for k, v in wanted.items() if v not in (None, [], "all")}, select(victims[model], **wanted)
 
 
@@ -81,6 +83,7 @@ def module_rows(
     """
     from lmleak import registry
     from lmleak.config import load_recipe, packaged
+    from lmleak.defenses import install
     from lmleak.gradients import modules_table
     from lmleak.models import outline
 
@@ -95,7 +98,8 @@ def module_rows(
         found = selections(load_recipe(model, overrides))
         return [{"select": select, **row} for select, selection in found for row in entries(selection)]
     if is_recipe:
-        victim = outline(**load_recipe(model, overrides).model)
+        recipe = load_recipe(model, overrides)
+        victim = install(outline(**recipe.model), recipe.defense)
     elif model in registry.kinds("models"):
         victim = outline(model)
     else:

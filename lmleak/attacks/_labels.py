@@ -85,11 +85,10 @@ def read_head(observation: Observation, victim: Victim) -> Head | Reconstruction
     """The last linear layer's observed gradient, or a refusal."""
     if victim.task not in ("image-classification", "sequence-classification"):
         return refuse("not_applicable", f"labels are a classifier's; this model's task is {victim.task}")
-    linear = {name: part for name, part in victim.module.named_modules() if isinstance(part, nn.Linear)}
-    if not linear:
-        return refuse("not_applicable", "the model has no linear layer to read labels from")
-    name = list(linear)[-1]
-    module, size = linear[name], observation.batch_size
+    name = last_layer(victim)
+    if name is None:
+        return refuse("not_applicable", "the model ends in no linear layer with an output for each class")
+    module, size = victim.module.get_submodule(name), observation.batch_size
     scale = size if observation.reduction == "mean" else 1
     parts: dict[bool, Tensor] = {}
     for entry in observation.entries:
@@ -106,6 +105,15 @@ def read_head(observation: Observation, victim: Victim) -> Head | Reconstruction
     if share > NOISE:
         return refuse("no_signal", f"the rows of '{name}' do not cancel (share of their sum {share:.2g}): noise")
     return Head(parts.get(False), parts.get(True), module, size)
+
+
+def last_layer(victim: Victim) -> str | None:
+    """The linear layer that gives a classifier's logits."""
+    image = victim.task == "image-classification"
+    classes = victim.processor.classes if image else victim.module.config.num_labels
+    linear = ((name, part) for name, part in victim.module.named_modules() if isinstance(part, nn.Linear))
+    fitting = [name for name, part in linear if part.out_features == classes]
+    return fitting[-1] if fitting else None
 
 
 def _minimum(head: Head) -> Tensor | str:
@@ -162,7 +170,7 @@ def guess(victim: Victim, count: int = 32) -> tuple[Tensor, Tensor]:
     else:
         ids = torch.randint(len(form), (count, TOKENS), generator=draw).to(weight.device)
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    *_, last = (part for part in victim.module.modules() if isinstance(part, nn.Linear))
+    last = victim.module.get_submodule(last_layer(victim) or "")
     read: list[Tensor] = []
     handle = last.register_forward_pre_hook(lambda _, args: read.append(args[0].detach()))
     try:

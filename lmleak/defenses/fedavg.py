@@ -45,7 +45,7 @@ def release(config: Config, client: ClientGradients, generator: Generator) -> di
     """
     import torch
 
-    from lmleak.gradients.losses import forward, sample_losses
+    from lmleak.gradients.losses import model_losses
     from lmleak.gradients.observe import client_mode, cut
 
     batch, victim = client.batch, client.victim
@@ -62,8 +62,8 @@ def release(config: Config, client: ClientGradients, generator: Generator) -> di
         for step in range(config.steps):
             rows = parts[step % len(parts)]
             leaves = {name: tensor.clone().requires_grad_() for name, tensor in now.items()}
-            logits = forward(module, {name: tensor[rows] for name, tensor in batch.inputs.items()}, leaves)
-            loss = sample_losses(logits, batch.labels[rows], victim.task, "mean").sum()
+            inputs = {name: tensor[rows] for name, tensor in batch.inputs.items()}
+            loss = model_losses(module, inputs, batch.labels[rows], victim.task, "mean", leaves).sum()
             grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
             now = {
                 name: leaf.detach() - config.lr * grad for (name, leaf), grad in zip(leaves.items(), grads, strict=True)

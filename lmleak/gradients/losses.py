@@ -24,6 +24,44 @@ def forward(module: nn.Module, inputs: Mapping[str, Tensor], parameters: Mapping
     return functional_call(module, dict(parameters), (), {**inputs, **cache}).logits
 
 
+def model_losses(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    labels: Tensor,
+    task: str,
+    reduction: str,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """The model's losses on its inputs, with what its own modules add to each sample's.
+
+    A module with an attribute `added` is given a list there while the model runs, and appends [b] to it: the divergence
+    of a variational bottleneck, weighted. For a mean over a batch it counts as the mean over its samples.
+
+    Args:
+        module: the model.
+        inputs: keyword arguments of its forward.
+        labels: as in `sample_losses`, as task and reduction.
+        task: as in `sample_losses`.
+        reduction: as in `sample_losses`.
+        parameters: as in `forward`.
+
+    Returns:
+        [b]
+    """
+    parts = [part for part in module.modules() if hasattr(part, "added")]
+    for part in parts:
+        part.added = []  # type: ignore[assignment]
+    try:
+        losses = sample_losses(forward(module, inputs, parameters), labels, task, reduction)
+        for part in parts:
+            for own in part.added:  # type: ignore[union-attr]
+                losses = losses + (own / len(own) if reduction == "mean" else own)
+    finally:
+        for part in parts:
+            part.added = None  # type: ignore[assignment]
+    return losses
+
+
 def _defaults(module: nn.Module) -> dict:
     config = getattr(module, "config", None)
     return config.to_dict() if config is not None else {}

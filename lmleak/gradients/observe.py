@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lmleak import registry
+from lmleak.errors import LmleakError
 from lmleak.gradients import factors
-from lmleak.gradients.losses import forward, sample_losses
+from lmleak.gradients.losses import model_losses
 from lmleak.records import Batch, Entry, Knowledge, Observation, Reference, Selection, Victim
 from lmleak.seeds import derive, generator
 
@@ -21,8 +22,12 @@ ClipScope = Literal["model", "selection", "per_layer"]
 
 @contextmanager
 def client_mode(victim: Victim, seed: int = 0) -> Iterator[nn.Module]:
-    """The model in the client's mode; dropout draws from `seed`, and modes and the global RNG are put back."""
+    """The model in the client's mode; dropout and noisy modules draw from `seed`; modes and global RNG are put back."""
     modes = {module: module.training for module in victim.module.modules()}
+    # Modules that draw noise of their own keep the seed of it here: a bottleneck, see `defenses.precode`.
+    noisy = {module: module.noise_seed for module in modes if hasattr(module, "noise_seed")}
+    for place, module in enumerate(noisy):
+        module.noise_seed = derive(seed, "noise", place)  # type: ignore[assignment]
     devices = {p.device.index for p in victim.module.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(i for i in devices if i is not None)):
         torch.manual_seed(derive(seed, "dropout"))
@@ -32,6 +37,8 @@ def client_mode(victim: Victim, seed: int = 0) -> Iterator[nn.Module]:
         finally:
             for module, training in modes.items():
                 module.training = training
+            for module, own in noisy.items():
+                module.noise_seed = own
 
 
 def whole_model(module: nn.Module) -> tuple[Entry, ...]:
@@ -57,7 +64,7 @@ class ClientGradients:
             for p in frozen:
                 p.requires_grad_(True)
             try:
-                loss = self._losses(forward(module, self.batch.inputs), "mean").sum()
+                loss = self._losses(module, "mean").sum()
                 grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
             finally:
                 for p in frozen:
@@ -89,8 +96,8 @@ class ClientGradients:
             weights = dict.fromkeys((e.name for e in self.entries), clip_weights(norms, max_grad_norm))
         return self._weighted_sum(weights)
 
-    def _losses(self, logits: Tensor, reduction: str) -> Tensor:
-        return sample_losses(logits, self.batch.labels, self.victim.task, reduction)
+    def _losses(self, module: nn.Module, reduction: str) -> Tensor:
+        return model_losses(module, self.batch.inputs, self.batch.labels, self.victim.task, reduction)
 
     @cached_property
     def _factored(self) -> bool:
@@ -104,10 +111,9 @@ class ClientGradients:
             client_mode(self.victim, self.seed) as module,
             factors.capture(module, tuple(scope.values())) as tape,
         ):
-            logits = forward(module, self.batch.inputs)
             return {
                 name: tuple(_detached(use) for use in uses)
-                for name, uses in tape.factors(self._losses(logits, "sum")).items()
+                for name, uses in tape.factors(self._losses(module, "sum")).items()
             }
 
     @cached_property
@@ -118,7 +124,7 @@ class ClientGradients:
         rows = []
         with client_mode(self.victim, self.seed) as module, torch.enable_grad():
             # One forward for all samples: the same dropout masks (and batch statistics) as a factored pass would see.
-            losses = self._losses(forward(module, self.batch.inputs), "sum")
+            losses = self._losses(module, "sum")
             for loss in losses:
                 grads = torch.autograd.grad(
                     loss, list(parameters.values()), retain_graph=True, allow_unused=True, materialize_grads=True
@@ -178,13 +184,17 @@ def observe(
         What the attacker sees; gradients in the model's dtype, on the model's device.
 
     Raises:
-        LmleakError: unknown defense.
+        LmleakError: unknown defense, or one that changes the model and was not installed in it.
         pydantic.ValidationError: a defense field out of range.
     """
     fields = dict(defense or {"kind": "none"})
     kind = fields.pop("kind")
     module = registry.load("defenses", kind)
     config = module.Config(**fields)
+    if hasattr(module, "installed") and not module.installed(victim):
+        raise LmleakError(
+            f"defense.kind: '{kind}' changes the model: first `victim = lmleak.defenses.install(victim, defense)`"
+        )
     client = ClientGradients(victim, batch, selection.entries, seed)
     released = module.release(config, client, generator(seed, "defense"))
     return Observation(

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lmleak.config import Cell
+from lmleak.defenses import installs
 
 
 class Unit(NamedTuple):
@@ -28,7 +29,12 @@ def data_key(cell: Cell) -> str:
 
 def selection_key(cell: Cell) -> str:
     """Equal for cells that observe the same tensors."""
-    return json.dumps([cell.recipe.model, cell.recipe.seed, cell.recipe.select], sort_keys=True)
+    return json.dumps([cell.recipe.model, cell.recipe.seed, cell.recipe.select, changed_by(cell)], sort_keys=True)
+
+
+def changed_by(cell: Cell) -> dict[str, Any] | None:
+    """The cell's defense where it changes the model itself."""
+    return cell.recipe.defense if installs(cell.recipe.defense) else None
 
 
 def remaining(

@@ -99,11 +99,12 @@ def _one(
     checkpoint: Path,
     said: Callable[[str], None],
 ) -> Line:
+    from lmleak.defenses import install
     from lmleak.models import load_model
     from lmleak.utility import Plan, fine_tune
 
     block = recipe.utility or {}
-    victim = load_model(**model, seed=seed)
+    victim = install(load_model(**model, seed=seed), defense, seed)
     train, test = _records(victim, block, recipe.seed)
     fields = {name: value for name, value in block["select"].items() if value is not None}
     plan = Plan(block["epochs"], block["batch_size"], block["lr"], fields, block["micro_batch"])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lmleak.config import Cell
 from lmleak.errors import DataError, LmleakError, RecipeError, RunError
 from lmleak.runs import controls
-from lmleak.runs.plan import data_key, model_key, selection_key
+from lmleak.runs.plan import changed_by, data_key, model_key, selection_key
 from lmleak.seeds import derive
 
 if TYPE_CHECKING:
@@ -29,20 +29,34 @@ class Workbench:
         """`identities` are those a former start of the run stored; loading anything else then is an error."""
         self.identities = dict(identities or {})
         self._victim: tuple[str, Victim] | None = None
+        self._changed: tuple[str, Victim] | None = None  # by a defense that changes the model
         self._batches: dict[str, list[Batch]] = {}
         self._selections: dict[str, Selection] = {}
 
     def victim(self, cell: Cell) -> Victim:
-        """The cell's model.
+        """The cell's model, changed where the cell's defense does that.
 
         Raises:
             ModelError, RunError: it cannot be loaded; its weights are not those the run began with.
+            SelectionError: the defense names a module that is not there.
         """
+        loaded, change = self._loaded(cell), changed_by(cell)
+        if change is None:
+            return loaded
+        key = json.dumps([model_key(cell), change], sort_keys=True)
+        if self._changed is None or self._changed[0] != key:
+            from lmleak.defenses import install
+
+            self._changed = None
+            self._changed = key, install(loaded, change, derive(cell.recipe.seed, "install"))
+        return self._changed[1]
+
+    def _loaded(self, cell: Cell) -> Victim:
         key = model_key(cell)
         if self._victim is None or self._victim[0] != key:
             from lmleak.models import load_model
 
-            self._victim = None  # before the next one is loaded, or both are in memory
+            self._victim = self._changed = None  # before the next one is loaded, or both are in memory
             victim = load_model(**cell.recipe.model, seed=cell.recipe.seed)
             self._same("model", key, victim.weights)
             self._victim = key, victim

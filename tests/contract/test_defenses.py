@@ -35,7 +35,11 @@ def client(request) -> ClientGradients:
 
 def release(kind: str, client: ClientGradients, fields: str = "EXAMPLE", seed: int = 0) -> dict[str, torch.Tensor]:
     module = registry.load("defenses", kind)
-    return module.release(module.Config(**getattr(module, fields)), client, torch.Generator().manual_seed(seed))
+    config = module.Config(**getattr(module, fields))
+    if hasattr(module, "install") and fields == "EXAMPLE":
+        victim = module.install(config, client.victim, seed)
+        client = ClientGradients(victim, client.batch, client.entries, client.seed)
+    return module.release(config, client, torch.Generator().manual_seed(seed))
 
 
 def clean(kind: str, client: ClientGradients) -> dict[str, torch.Tensor]:
