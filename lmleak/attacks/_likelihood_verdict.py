@@ -8,6 +8,7 @@ sentences that the search could have ended in, not those it scored: it chose the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,8 @@ from lmleak.attacks._likelihood_search import Search, Space
 BLIND = 16  #: sentences drawn without the gradient; the best of them is what has to be beaten
 OTHERS = 3  #: drawn words that each word found is compared with
 UNUSUAL = 0.05  #: probability under which a misfit takes from the confidence
+LONGER = 2.0  #: how much longer than the longest of the drawn sentences' gradients the true one is taken to be at most
+LUCK = 4.0  #: standard deviations of its noise by which the truth may lead more than it is expected to
 ROUNDING = 1e-6  #: of the gradient's energy: what float32 leaves of a sentence that is exactly right
 
 
@@ -53,6 +56,28 @@ class Verdict:
         out |= {"explained": self.explained, "bound_one": self.bound_one, "worth": list(self.worth)}
         rounded = lambda v: None if v is None or not math.isfinite(v) else round(v, 4)  # noqa: E731
         return {k: [rounded(v) for v in x] if isinstance(x, list) else rounded(x) for k, x in out.items()}
+
+
+def hopeless(scorer: Scorer, space: Space, drawn: Sequence[Candidate], risk: float) -> str | None:
+    """Why no search can end in an answer: not even the truth would lead by what noise alone may lead by.
+
+    A sentence whose clipped gradient is mu noise deviations long leads no sentence by mu^2 / 2 nats, give or take mu
+    (Gaussian likelihood ratio). The observer knows mu's size from sentences drawn without the gradient.
+    """
+    if not scorer.noise or not drawn:
+        return None
+    _, squares = scorer.measures(drawn)
+    mu = LONGER * float(squares.max()) ** 0.5 / scorer.noise
+    lead, needed = mu * mu / 2 + LUCK * mu, _least(space, max(space.lengths) - space.frame.size, risk)
+    if lead >= needed:
+        return None
+    return f"the truth itself would lead by {lead:.3g} nats at most, and noise alone may by {needed:.3g}"
+
+
+def _least(space: Space, free: int, risk: float) -> float:
+    """Nats that one word has to exceed where it is the best of all words in all places."""
+    choices = math.log(len(space.labels)) + math.log(len(space.lengths))
+    return math.log(len(space.words)) + math.log(max(free, 1)) + choices + math.log(1 / risk)
 
 
 def judge(scorer: Scorer, search: Search, space: Space, risk: float, generator: torch.Generator) -> Verdict:
@@ -97,7 +122,7 @@ def judge(scorer: Scorer, search: Search, space: Space, risk: float, generator: 
         gain=gain,
         bound=len(free) * vocabulary + choices + math.log(1 / risk),
         worth=worth,
-        bound_one=vocabulary + math.log(max(len(free), 1)) + choices + math.log(1 / risk),
+        bound_one=_least(space, len(free), risk),
         fit=fit,
         explained=explained,
         confidence=0.0,

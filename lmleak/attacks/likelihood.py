@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from lmleak import registry
 from lmleak.attacks._likelihood_prior import log_prior
 from lmleak.attacks._likelihood_score import Candidate, Scorer
-from lmleak.attacks._likelihood_search import LogPrior, Search, Space
-from lmleak.attacks._likelihood_verdict import Verdict, judge
+from lmleak.attacks._likelihood_search import STARTS, LogPrior, Search, Space
+from lmleak.attacks._likelihood_verdict import Verdict, hopeless, judge
 from lmleak.attacks._objective import frozen
 from lmleak.attacks._prior import Task
 from lmleak.attacks._rowspace import dropped_out
@@ -91,8 +91,15 @@ def attack(
     if prior is not None and scorer.noise == 0:
         return refuse("not_applicable", "a prior weighs against noise, and this release has none; leave it out")
     spaces = _spaces(config, observation, knowledge, victim, scorer, frame, counts)
-    starts = _exact(config, observation, knowledge, victim, generator, scorer, frame, spaces)
     weighed = _weighed(prior, config.prior_weight)
+    with frozen(victim.module):
+        # A generator of its own: what it draws is not what a search starts from.
+        draw = torch.Generator().manual_seed(generator.initial_seed())
+        drawn = Search(scorer, spaces[0], config.shortlist, draw, None).fresh(STARTS)
+        lost = None if prior else hopeless(scorer, spaces[0], drawn, config.risk)
+    if lost is not None:
+        return refuse("no_signal", lost, {"evaluations": scorer.evaluations, "noise": scorer.noise})
+    starts = _exact(config, observation, knowledge, victim, generator, scorer, frame, spaces)
     with frozen(victim.module):
         found, verdicts, spent = _sought(config, victim, scorer, spaces, starts, weighed, generator, progress)
     details = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from lmleak import attack, grant, load_batches, load_model, observe, select
 from lmleak.attacks import likelihood
 from lmleak.attacks._likelihood_score import Candidate, Scorer
 from lmleak.attacks._likelihood_search import Search, Space
+from lmleak.attacks._likelihood_verdict import hopeless
 from lmleak.attacks._objective import frozen
 from lmleak.attacks._text import Frame, special_frame
 from lmleak.defenses import gaussian
@@ -177,17 +179,38 @@ def test_finds_the_length_too():
     assert result.details["lengths"] == list(grant(victim, batch, lengths=True).lengths)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_large_noise_is_not_answered(seed):
+@pytest.mark.parametrize(("seed", "noise"), [(0, 0.3), (1, 0.3), (2, 3.0)])
+def test_large_noise_is_not_answered(seed, noise):
     victim = tiny()
     batch = load_batches(victim, "sample", limit=1, max_length=8)[0]
-    seen = observe(victim, batch, select(victim), {"kind": "dp_sgd", "noise_multiplier": 3.0}, seed)
+    seen = observe(victim, batch, select(victim), {"kind": "dp_sgd", "noise_multiplier": noise}, seed)
     result = attack(
         seen, victim, "likelihood", knowledge=grant(victim, batch, labels=True, lengths=True), budget=500, seed=seed
     )
     assert result.status == "no_signal"
     assert "nats" in result.reason
     assert not result.texts
+    assert (result.details["evaluations"] < 100) == (noise == 3.0)  # what no search can find is not sought
+
+
+def test_the_truth_never_leads_by_more_than_a_hopeless_case_allows(make):
+    victim = make("bert")
+    batch = batch_of(victim, [(5, 9, 11, 7)], (1,))
+    truth = Candidate((5, 9, 11, 7), 1)
+    leads = []
+    for seed in range(60):
+        seen = observe(victim, batch, select(victim), {"kind": "dp_sgd", "noise_multiplier": 1.0}, seed)
+        scorer = Scorer(victim, seen, gaussian(seen.defense))
+        with frozen(victim.module):
+            leads += scorer.scores([truth])
+    frame = Frame((), ())
+    space = Space(torch.arange(30), torch.ones(30), frame, (4,), (1,))
+    others = [Candidate((3, 4, 5, 6), 1), Candidate((8, 12, 13, 14), 1)]
+    with frozen(victim.module):
+        why = hopeless(scorer, space, others, 1e-3)
+        assert hopeless(scorer.aimed(scorer.targets, 0.01), space, others, 1e-3) is None
+    said = re.search(r"lead by (\S+) nats at most", why or "")
+    assert said and max(leads) < float(said[1])
 
 
 def test_one_of_several_sentences_is_found_given_the_others():
