@@ -97,11 +97,15 @@ class Tree:
 
     @cached_property
     def blocks(self) -> dict[str, int]:
-        """Block module -> index."""
+        """Block module -> index. With several groups (stage and block) they are counted through, from 0."""
         if not self.block:
             return {}
         hits = ((name, re.fullmatch(self.block, plain(name))) for name in self.modules)
-        return {name: int(match[1]) for name, match in hits if match}
+        places = {name: tuple(map(int, match.groups())) for name, match in hits if match}
+        if all(len(place) == 1 for place in places.values()):
+            return {name: place[0] for name, place in places.items()}
+        order = sorted(set(places.values()))
+        return {name: order.index(place) for name, place in places.items()}
 
     @cached_property
     def depth(self) -> int:

@@ -97,7 +97,9 @@ def load(config: Any, seed: int, family: ModuleType, kind: str) -> Victim:
     import torch
     import transformers
 
-    kwargs: dict[str, Any] = {"attn_implementation": config.attn_implementation, "dtype": getattr(torch, config.dtype)}
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    if hasattr(config, "attn_implementation"):
+        kwargs["attn_implementation"] = config.attn_implementation
     auto = transformers.AutoModelForImageClassification
     mean = std = None
     with _loading._quiet(), _loading._own_generator(seed):
@@ -150,7 +152,7 @@ def outline(config: Any, family: ModuleType, kind: str) -> Victim:
 
     with _loading._own_generator(0), torch.device("meta"):
         module = family.build(config)
-    return Victim(module, None, _loading._adapted(family, module), kind, config.task, config.weights)
+    return Victim(module, None, _loading._adapted(family, module, config), kind, config.task, config.weights)
 
 
 def finished(config: Any, module: Any, form: ImageFormat, family: ModuleType, kind: str, name: str) -> Victim:
@@ -159,7 +161,7 @@ def finished(config: Any, module: Any, form: ImageFormat, family: ModuleType, ki
 
     module.train(config.mode == "train")
     module.to(device=_loading._device(config.device), dtype=getattr(torch, config.dtype))
-    return Victim(module, form, _loading._adapted(family, module), kind, config.task, name, config.mode)
+    return Victim(module, form, _loading._adapted(family, module, config), kind, config.task, name, config.mode)
 
 
 def drawn(kind: str, settings: Any, seed: int) -> str:

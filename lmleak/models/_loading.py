@@ -59,7 +59,7 @@ def load(config: Config, seed: int, family: ModuleType, kind: str) -> Victim:
     return Victim(
         module=module,
         processor=tokenizer,
-        family=_adapted(family, module),
+        family=_adapted(family, module, config),
         kind=kind,
         task=config.task,
         weights=name,
@@ -86,7 +86,7 @@ def outline(config: Config, family: ModuleType, kind: str) -> Victim:
         else:
             settings = _settings(resolve(config.weights), config, family, kind)
         module = _call(getattr(transformers, _AUTO[config.task]).from_config, settings, attn_implementation="eager")
-    known = _adapted(family, module)
+    known = _adapted(family, module, config)
     return Victim(module=module, processor=None, family=known, kind=kind, task=config.task, weights=config.weights)
 
 
@@ -231,8 +231,8 @@ def _fit(module: Any, tokenizer: Any) -> None:
     module.config.pad_token_id = tokenizer.pad_token_id  # a GPT-2 classifier finds the last word by it
 
 
-def _adapted(family: ModuleType, module: Any) -> ModuleType:
-    return family.adapt(module) if hasattr(family, "adapt") else family
+def _adapted(family: ModuleType, module: Any, config: Any) -> ModuleType:
+    return family.adapt(module, config) if hasattr(family, "adapt") else family
 
 
 def _device(name: str | None) -> Any:

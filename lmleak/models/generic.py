@@ -30,7 +30,7 @@ def load(config: Config, seed: int) -> Victim:
     return load_any(config, seed, sys.modules[__name__], "generic")
 
 
-def adapt(module: Any) -> ModuleType:
+def adapt(module: Any, config: Config) -> ModuleType:
     """This file's names, filled in for one model: the blocks are the longest ModuleList, the outermost on a tie.
 
     Returns:

@@ -49,6 +49,35 @@ def test_residual_blocks_are_layers_and_every_part_has_a_component():
         outline("resnet", config={"depth": 21})
 
 
+def test_blocks_of_a_hugging_face_resnet_are_counted_through_its_stages():
+    victim = outline("hf_resnet")
+    assert {e.layer for e in select(victim, components=["conv"], layers=["0-15"]).entries} == set(range(16))
+    first = select(victim, components=["conv"], layers=[3]).entries
+    assert all(entry.module.startswith("resnet.encoder.stages.1.layers.0.") for entry in first)
+    assert select(victim, components=["stage"]).numel == select(victim, components=["layer"]).numel
+    assert not [row for row in modules_table(victim) if row["component"] is None]
+
+
+def test_a_folder_of_hugging_face_s_resnet_and_deit_loads(tmp_path):
+    said = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
+    small = {
+        "hf_resnet": {"config": {"depths": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 4}, "image_size": 32}
+    }
+    small["vit"] = {"config": VIT | {"model_type": "deit"}}
+    for kind, fields in small.items():
+        made = load_model(kind, seed=1, device="cpu", **fields)
+        folder = tmp_path / kind
+        made.module.save_pretrained(folder)
+        (folder / "preprocessor_config.json").write_text(json.dumps(said))
+        fields = {} if kind == "vit" else {"image_size": 32}
+        victim = load_model(kind, weights=str(folder), device="cpu", **fields)
+        assert all(torch.equal(a, b) for a, b in zip(victim.module.parameters(), made.module.parameters(), strict=True))
+        assert victim.processor.mean == (0.1, 0.2, 0.3)
+        batch = load_batches(victim, "photos", limit=1)[0]
+        assert victim.module(**batch.inputs).logits.shape == (1, 10)
+        assert outline(kind, weights=str(folder)).family is victim.family
+
+
 def test_convolutions_then_dense_layers_are_counted():
     victim = outline("convnet", config=SMALL["convnet"])
     assert [e.name for e in select(victim, components=["conv"], layers=[1]).entries] == [
