@@ -56,6 +56,7 @@ def main() -> None:
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Run folder. Default: found by the recipe's id.")
 @click.option("--fresh", is_flag=True, help="Start anew instead of resuming.")
 @click.option("--fail-fast", is_flag=True, help="Stop at the first cell that fails.")
+@click.option("--evenly", is_flag=True, help="Every cell's first batch before any cell's second.")
 @click.option("--dry-run", is_flag=True, help="Print the cells and stop.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a cell on standard output.")
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -78,6 +79,7 @@ def run(recipe: str, overrides: tuple[str, ...], **options: Any) -> None:
         root=_arguments.RUNS,
         fresh=options["fresh"],
         fail_fast=options["fail_fast"],
+        evenly=options["evenly"],
         json_lines=options["as_json"],
         quiet=options["quiet"],
     )

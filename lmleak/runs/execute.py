@@ -38,6 +38,7 @@ def run(
     root: str | Path = "runs",
     fresh: bool = False,
     fail_fast: bool = False,
+    evenly: bool = False,
     json_lines: bool = False,
     quiet: bool = False,
     argv: Sequence[str] | None = None,
@@ -54,6 +55,7 @@ def run(
         root: where run folders are found and made.
         fresh: start a new run folder even where the recipe has one.
         fail_fast: stop at the first unit that fails.
+        evenly: take every cell's first batch before any cell's second.
         json_lines: print one JSON line a cell on stdout, when the cell is done.
         quiet: no progress on stderr.
         argv: command to be stored; this process's by default.
@@ -80,7 +82,7 @@ def run(
                 done = store.read(place, store.RESULTS)
                 ids = [cell["id"] for cell in facts["cells"]]
                 left = plan.remaining([cell["batches"] for cell in facts["cells"]], ids, done)
-                hands = plan.deal(left, [plan.model_key(point) for point in points], state.num_processes)
+                hands = plan.deal(left, [plan.model_key(point) for point in points], state.num_processes, evenly)
                 _start(place, facts, provenance.describe(argv, state.device, state.num_processes))
                 watch = Watch(place, facts, done, left, json_lines, quiet)
             except LmleakError as error:

@@ -55,7 +55,7 @@ def remaining(
     ]
 
 
-def deal(units: Collection[Unit], models: Sequence[str], ranks: int) -> list[list[Unit]]:
+def deal(units: Collection[Unit], models: Sequence[str], ranks: int, evenly: bool = False) -> list[list[Unit]]:
     """Splits units between ranks, the same way on every rank and for every order of finishing.
 
     Cells of one model stay together where that keeps the ranks even; a model with more than its rank's share is
@@ -65,9 +65,10 @@ def deal(units: Collection[Unit], models: Sequence[str], ranks: int) -> list[lis
         units: what is left.
         models: `model_key` of each cell.
         ranks: number of processes.
+        evenly: every cell's first batch before any cell's second, so that a run that is stopped leaves whole tables.
 
     Returns:
-        one list a rank, models one after another, cells in order.
+        one list a rank, models one after another, cells (or batches) in order.
     """
     groups: dict[str, list[Unit]] = {}
     for unit in units:
@@ -82,4 +83,5 @@ def deal(units: Collection[Unit], models: Sequence[str], ranks: int) -> list[lis
         for unit in group:
             min(hands, key=len).append(unit)
     order = {model: place for place, model in enumerate(dict.fromkeys(models))}
-    return [sorted(hand, key=lambda unit: (order[models[unit.cell]], unit)) for hand in hands]
+    turn = (lambda unit: (unit.batch, unit.cell)) if evenly else (lambda unit: (unit.cell, unit.batch))
+    return [sorted(hand, key=lambda unit: (order[models[unit.cell]], turn(unit))) for hand in hands]

@@ -115,3 +115,9 @@ def test_cheap_and_dear_cells_meet_on_every_rank():
     units = [Unit(cell, batch) for cell in range(2) for batch in range(10)]
     hands = deal(units, ["x", "x"], 2)
     assert [[sum(unit.cell == cell for unit in hand) for cell in range(2)] for hand in hands] == [[5, 5], [5, 5]]
+
+
+def test_evenly_every_cell_gets_a_batch_before_any_gets_two():
+    units = [Unit(cell, batch) for cell in range(3) for batch in range(2)]
+    (hand,) = deal(units, ["x", "x", "y"], 1, evenly=True)
+    assert hand == [Unit(0, 0), Unit(1, 0), Unit(0, 1), Unit(1, 1), Unit(2, 0), Unit(2, 1)]
