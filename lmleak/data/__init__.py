@@ -19,7 +19,8 @@ def load_batches(victim: Victim, kind: str = "sample", *, seed: int = 0, **field
 
     Args:
         victim: whose tokenizer, task and device to use.
-        kind: file of `lmleak.data`: sample, local, hub, cola, sst2, rotten_tomatoes; photos, image_folder, idx.
+        kind: file of `lmleak.data`: sample, local, hub, cola, sst2, rotten_tomatoes; photos, image_folder, idx,
+            hub_images.
         seed: of the order and of the masks.
         fields: the recipe's `data` block: split, batch_size, limit, shuffle, max_length, min_tokens, max_tokens, and
             the kind's own.
@@ -40,7 +41,7 @@ def load_batches(victim: Victim, kind: str = "sample", *, seed: int = 0, **field
     config = validated(module.Config, fields, "data", DataError)
     images = victim.task == "image-classification"
     if images != hasattr(module, "IMAGES"):
-        fitting = "photos, image_folder, idx" if images else "sample, local, hub, ..."
+        fitting = "photos, image_folder, idx, hub_images" if images else "sample, local, hub, ..."
         raise DataError(f"data.kind: '{kind}' is no data for {victim.task}; use one of {fitting}")
     found = module.load(config)
     return (

@@ -52,13 +52,17 @@ def decode(data: bytes, name: str) -> np.ndarray:
     """An image file's bytes -> [y, x] or [y, x, 3].
 
     Raises:
-        DataError: not an image, or a damaged one.
+        DataError: not an image, a damaged one, or one of more than 8 bits a channel.
     """
     from PIL import Image
 
     try:
         with Image.open(BytesIO(data)) as image:
             image.load()
+            if image.mode[0] in "IF":  # PIL would cut their levels off at 255
+                raise DataError(
+                    f"data: '{name}' has more than 256 levels ({image.mode}); save it with 8 bits a channel"
+                )
             return np.asarray(image if image.mode == "L" else image.convert("L" if image.mode == "1" else "RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"data: '{name}' is not an image that can be read, or is damaged: {error}") from error

@@ -1,11 +1,11 @@
-"""Tables -> Examples through `datasets`: local files without a network or a cache left behind, hub ids with both."""
+"""Tables of texts or pictures, read through `datasets`: local files leave no cache behind, hub ids do."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,17 +36,34 @@ _OFFLINE_WAY_OUT = (
 def from_path(
     path: str, split: str, text_column: str | None, label_column: str | None, *, header: Iterable[str] | None = None
 ) -> Examples:
+    """Texts of a file; see `path_table`.
+
+    Args:
+        path: file or folder.
+        split: as in `path_table`.
+        text_column: None takes the only plausible one.
+        label_column: None takes the only plausible one, if there is any.
+        header: as in `path_table`.
+
+    Raises:
+        DataError: missing, unreadable or empty file, no such column, or several plausible ones.
+    """
+    return _examples(*path_table(path, split, header), text_column, label_column)
+
+
+def path_table(path: str, split: str, header: Iterable[str] | None = None) -> tuple[Any, dict[str, Any]]:
     """Reads a tsv, csv, jsonl or parquet file, or the file of a folder that is named after `split`.
 
     Args:
         path: file or folder.
         split: name of the split, with an optional slice as in `train[:100]`. A file is its own split: the name is free.
-        text_column: None takes the only plausible one.
-        label_column: None takes the only plausible one, if there is any.
         header: column names of a file that may lack its header line.
 
+    Returns:
+        the table of `datasets`, at least one row, and where it came from.
+
     Raises:
-        DataError: missing, unreadable or empty file, no such column, or several plausible ones.
+        DataError: missing, unreadable or empty file.
     """
     file = _file(Path(path).expanduser(), split)
     builder = _BUILDERS[file.suffix.lower()]
@@ -76,16 +93,23 @@ def from_path(
             if "corresponds to no data" in cause:
                 raise DataError(f"data.path: '{file}' has no rows below its header") from error
             raise DataError(f"data.path: '{file}' cannot be read as {file.suffix[1:]}: {cause}") from error
-        return _examples(table, text_column, label_column, {"kind": "local", "path": str(file), "split": split})
+    return _filled(table, {"kind": "local", "path": str(file), "split": split})
 
 
 def from_hub(
     repository: str, name: str | None, split: str, text_column: str | None, label_column: str | None
 ) -> Examples:
-    """Reads a data set of the hub, or of its cache.
+    """Texts of a data set of the hub; see `hub_table`."""
+    return _examples(*hub_table(repository, name, split), text_column, label_column)
+
+
+def hub_table(
+    repository: str, name: str | None, split: str, way_out: str = _OFFLINE_WAY_OUT
+) -> tuple[Any, dict[str, Any]]:
+    """Reads a data set of the hub, or of its cache: the table of `datasets`, and where it came from.
 
     Raises:
-        DataError: unknown id, configuration or split, no such column, or the hub cannot be reached.
+        DataError: unknown id, configuration or split, or the hub cannot be reached.
     """
     import datasets
     import huggingface_hub
@@ -98,29 +122,29 @@ def from_hub(
                 # One listing decides within seconds whether there is a network; load_dataset retries for much longer.
                 huggingface_hub.HfApi().dataset_info(repository, timeout=10)
         except errors.RepositoryNotFoundError as error:
-            raise DataError(f"data.id: there is no data set '{repository}' on the hub; {_OFFLINE_WAY_OUT}") from error
+            raise DataError(f"data.id: there is no data set '{repository}' on the hub; {way_out}") from error
         except errors.HFValidationError as error:
-            raise DataError(f"data.id: '{repository}' is not a hub id; {_OFFLINE_WAY_OUT}") from error
+            raise DataError(f"data.id: '{repository}' is not a hub id; {way_out}") from error
         except Exception as error:
             cached = _cached(repository, name, split)
             if cached is None:
                 raise DataError(
-                    f"data.id: the hub cannot be reached and '{address}' is not in its cache; {_OFFLINE_WAY_OUT}"
+                    f"data.id: the hub cannot be reached and '{address}' is not in its cache; {way_out}"
                 ) from error
             table = cached
         else:
-            table = _load_hub(repository, name, split, address)
-    return _examples(table, text_column, label_column, {"kind": "hub", "id": address, "split": split})
+            table = _load_hub(repository, name, split, address, way_out)
+    return _filled(table, {"kind": "hub", "id": address, "split": split})
 
 
-def _load_hub(repository: str, name: str | None, split: str, address: str) -> Any:
+def _load_hub(repository: str, name: str | None, split: str, address: str, way_out: str) -> Any:
     import datasets
 
     try:
         return datasets.load_dataset(repository, name, split=split)
     except Exception as error:  # unknown split or configuration: ValueError; offline: ConnectionError and others
         why = str(error).strip().split("\n", 1)[0]
-        raise DataError(f"data.id: '{address}', split '{split}': {why}; {_OFFLINE_WAY_OUT}") from error
+        raise DataError(f"data.id: '{address}', split '{split}': {why}; {way_out}") from error
 
 
 def _cached(repository: str, name: str | None, split: str) -> Any:
@@ -173,22 +197,26 @@ def _has_header(file: Path, header: Iterable[str]) -> bool:
     return bool(set(first) & set(header))
 
 
-def _examples(table: Any, text_column: str | None, label_column: str | None, source: dict[str, Any]) -> Examples:
-    where = source.get("path") or source.get("id")
+def _filled(table: Any, source: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if not len(table):
-        raise DataError(f"data: '{where}' has no rows in split '{source['split']}'")
+        raise DataError(f"data: '{place(source)}' has no rows in split '{source['split']}'")
+    return table, source
+
+
+def place(source: Mapping[str, Any]) -> Any:
+    """What an error message calls a source."""
+    return source.get("path") or source.get("id")
+
+
+def _examples(table: Any, source: dict[str, Any], text_column: str | None, label_column: str | None) -> Examples:
+    where = place(source)
     text_column = _text_column(table, text_column, where)
-    label_column = _label_column(table, label_column, text_column, where)
     texts = []
     for row, text in enumerate(table[text_column], start=1):
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"data.text_column: row {row} of '{where}' has no text in '{text_column}' but {text!r}")
         texts.append(text.strip())
-    labels: tuple[int, ...] = ()
-    if label_column is not None:
-        labels = tuple(
-            _label(value, row, label_column, where) for row, value in enumerate(table[label_column], start=1)
-        )
+    label_column, labels = labels_of(table, label_column, text_column, where)
     columns = {"text_column": text_column, "label_column": label_column}
     return Examples(texts=tuple(texts), labels=labels, source=source | columns | {"rows": len(texts)})
 
@@ -196,7 +224,7 @@ def _examples(table: Any, text_column: str | None, label_column: str | None, sou
 def _text_column(table: Any, wanted: str | None, where: Any) -> str:
     columns = table.column_names
     if wanted is not None:
-        return _column(columns, wanted, "text_column", where)
+        return column(columns, wanted, "text_column", where)
     strings = [name for name in columns if getattr(table.features[name], "dtype", None) in ("string", "large_string")]
     named = [name for name in strings if name.lower() in _TEXT_NAMES]
     for candidates in (named, strings):
@@ -205,10 +233,22 @@ def _text_column(table: Any, wanted: str | None, where: Any) -> str:
     raise DataError(f"data.text_column: which column of '{where}' is the text? It has: {', '.join(columns)}")
 
 
+def labels_of(table: Any, wanted: str | None, other: str, where: Any) -> tuple[str | None, tuple[int, ...]]:
+    """The name of the column of labels and its values; none where nothing but `other` is a plausible one.
+
+    Raises:
+        DataError: no such column, several plausible ones, or a value that is no class.
+    """
+    name = _label_column(table, wanted, other, where)
+    if name is None:
+        return None, ()
+    return name, tuple(_label(value, row, name, where) for row, value in enumerate(table[name], start=1))
+
+
 def _label_column(table: Any, wanted: str | None, text_column: str, where: Any) -> str | None:
     columns = table.column_names
     if wanted is not None:
-        return _column(columns, wanted, "label_column", where)
+        return column(columns, wanted, "label_column", where)
     others = [name for name in columns if name != text_column]
     named = [name for name in others if name.lower() in _LABEL_NAMES]
     if len(named) > 1:
@@ -216,7 +256,8 @@ def _label_column(table: Any, wanted: str | None, text_column: str, where: Any) 
     return named[0] if named else None
 
 
-def _column(columns: list[str], wanted: str, field: str, where: Any) -> str:
+def column(columns: list[str], wanted: str, field: str, where: Any) -> str:
+    """The column, if there is one."""
     if wanted not in columns:
         hint = did_you_mean(wanted, columns)
         raise DataError(f"data.{field}: '{where}' has no column '{wanted}'{hint} (it has: {', '.join(columns)})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import zipfile
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -118,3 +119,72 @@ def test_text_and_pictures_are_not_mixed_up(rgb, tiny_bert):
         load_batches(rgb, "sample")
     with pytest.raises(DataError, match="'photos' is no data for sequence-classification"):
         load_batches(tiny_bert, "photos")
+
+
+def parquet(path, pictures, labels=(0, 1, 2), **more):
+    table = datasets.Dataset.from_dict({"img": list(pictures), "label": list(labels), **more})
+    table.cast_column("img", datasets.Image()).to_parquet(path)
+
+
+def test_a_table_of_images(rgb, tmp_path):
+    pixels = [picture(tmp_path / f"{i}.png", seed=i) for i in range(3)]
+    files = [{"bytes": (tmp_path / f"{i}.png").read_bytes(), "path": None} for i in range(3)]
+    path = tmp_path / "train.parquet"
+    parquet(path, files)
+    batch = load_batches(rgb, "hub_images", path=str(path), batch_size=3, shuffle=False)[0]
+    assert batch.reference.labels == (0, 1, 2)
+    assert torch.equal(batch.reference.images[1], torch.from_numpy(pixels[1] / np.float32(255)).permute(2, 0, 1))
+    assert len(load_batches(rgb, "hub_images", path=str(path), split="train[:2]")) == 2
+    files[1]["bytes"] = files[1]["bytes"][:50]
+    parquet(path, files)
+    with pytest.raises(DataError, match=r"train.parquet\[train\] row 2' is not an image that can be read"):
+        load_batches(rgb, "hub_images", path=str(path))
+    parquet(path, files, labels=(0, 5, 2))
+    with pytest.raises(DataError, match=r"train.parquet\[train\] row 2' has label 5, outside 0..2"):
+        load_batches(rgb, "hub_images", path=str(path))
+    parquet(path, [None, *files[1:]])
+    with pytest.raises(DataError, match=r"row 1' has no image"):
+        load_batches(rgb, "hub_images", path=str(path))
+    datasets.Dataset.from_dict({"img": ["a"], "label": [0]}).to_parquet(path)
+    with pytest.raises(DataError, match=r"data.image_column: which column .* is the image\? It has: img, label"):
+        load_batches(rgb, "hub_images", path=str(path))
+
+
+def test_a_hub_id_without_a_network_names_the_alternatives(rgb):
+    with pytest.raises(DataError, match=r"someone/pictures.*kind: image_folder"):
+        load_batches(rgb, "hub_images", id="someone/pictures")
+    with pytest.raises(DataError, match="give either id or path"):
+        load_batches(rgb, "hub_images")
+
+
+def test_lists_and_zips_that_cannot_be_read_are_named(rgb, tmp_path):
+    read = lambda path: load_batches(rgb, "image_folder", path=str(path))  # noqa: E731
+    (tmp_path / "broken.zip").write_bytes(b"PK\3\4 not a zip")
+    with pytest.raises(DataError, match=r"broken.zip' is neither a folder nor a zip"):
+        read(tmp_path / "broken.zip")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"none' holds no image"):
+        read(tmp_path / "none")
+    picture(tmp_path / "list" / "a.png")
+    for text, words in [
+        ("name,label\na.png,1\n", r"labels.csv' has no column 'file'"),
+        ("file,label\na.png,dog\n", r"labels.csv'.*'dog'"),
+        ("file,label\na.png,-1\n", r"list/a.png' has label -1, outside 0..2"),
+        ("file,label\n", r"list' holds no image"),
+    ]:
+        (tmp_path / "list" / "labels.csv").write_text(text)
+        with pytest.raises(DataError, match=words):
+            read(tmp_path / "list")
+    with pytest.raises(DataError, match=r"no file or folder '.*nowhere'"):
+        read(tmp_path / "nowhere")
+
+
+def test_transparency_is_dropped_and_16_bits_are_refused(rgb, tmp_path):
+    (tmp_path / "a").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a" / "x.png")
+    batch = load_batches(rgb, "image_folder", path=str(tmp_path))[0]
+    assert torch.equal(batch.reference.images[0], torch.from_numpy(pixels[..., :3] / np.float32(255)).permute(2, 0, 1))
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 200).save(tmp_path / "a" / "x.png")
+    with pytest.raises(DataError, match=r"a/x.png' has more than 256 levels"):
+        load_batches(rgb, "image_folder", path=str(tmp_path), convert=True)
