@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from lmleak import registry
 
 if TYPE_CHECKING:
+    import torch
+
     from lmleak.records import Batch, Victim
 
 
@@ -49,3 +51,29 @@ def load_batches(victim: Victim, kind: str = "sample", *, seed: int = 0, **field
         if isinstance(found, Pictures)
         else batches(victim, found, config, seed)
     )
+
+
+def load_pictures(shape: tuple[int, int, int], kind: str = "photos", *, seed: int = 0, **fields: Any) -> torch.Tensor:
+    """Reads pictures for no model in particular, such as a gallery to compare with.
+
+    Args:
+        shape: channels, rows and columns.
+        kind: file of `lmleak.data` that reads images.
+        seed: of the order.
+        fields: the recipe's `data` block.
+
+    Returns:
+        [n, c, y, x] float32 in [0, 1].
+
+    Raises:
+        DataError: the source cannot be read, is no source of pictures, or a picture has another shape.
+    """
+    from lmleak.data._pictures import plain
+    from lmleak.errors import DataError
+    from lmleak.models._fields import validated
+
+    module = registry.load("data", kind)
+    if not hasattr(module, "IMAGES"):
+        raise DataError(f"data.kind: '{kind}' holds no pictures")
+    config = validated(module.Config, fields, "data", DataError)
+    return plain(module.load(config), config, shape, seed)

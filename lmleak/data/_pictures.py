@@ -86,10 +86,7 @@ def picture_batches(victim: Victim, pictures: Pictures, config: Any, seed: int) 
             raise DataError(
                 f"data: '{name}' has label {label}, outside 0..{form.classes - 1} (model.num_labels: {form.classes})"
             )
-    order: Sequence[int] = range(len(pictures.names))
-    if config.shuffle:
-        order = torch.randperm(len(pictures.names), generator=generator(seed, "data")).tolist()
-    order = order[: config.limit]
+    order = _order(pictures, config, seed)
     size = config.batch_size
     if len(order) < size:
         raise DataError(f"data: {len(order)} pictures in {dict(pictures.source)}; a batch needs {size}")
@@ -97,34 +94,56 @@ def picture_batches(victim: Victim, pictures: Pictures, config: Any, seed: int) 
     return [_batch(victim, pictures, group, config, place) for place, group in enumerate(groups)]
 
 
+def plain(pictures: Pictures, config: Any, shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
+    """The pictures alone, of channels, rows and columns as asked: [n, c, y, x] float32 in [0, 1].
+
+    Raises:
+        DataError: nothing to read, or a file that cannot be read or has another shape.
+    """
+    order = _order(pictures, config, seed)
+    if not len(order):
+        raise DataError(f"data: no picture in {dict(pictures.source)}")
+    return torch.stack([_fitting(pictures.read(i), pictures.names[i], shape, config) for i in order])
+
+
+def _order(pictures: Pictures, config: Any, seed: int) -> Sequence[int]:
+    order: Sequence[int] = range(len(pictures.names))
+    if config.shuffle:
+        order = torch.randperm(len(pictures.names), generator=generator(seed, "data")).tolist()
+    return order[: config.limit]
+
+
 def _batch(victim: Victim, pictures: Pictures, group: Sequence[int], config: Any, index: int) -> Batch:
     weight = next(victim.module.parameters())
-    images = torch.stack([_fitting(pictures.read(i), pictures.names[i], victim.processor, config) for i in group])
+    form = victim.processor
+    shape = (form.channels, form.height, form.width)
+    images = torch.stack([_fitting(pictures.read(i), pictures.names[i], shape, config) for i in group])
     labels = tuple(pictures.labels[i] for i in group)
-    pixels = victim.processor.normalised(images.double()).to(device=weight.device, dtype=weight.dtype)
+    pixels = form.normalised(images.double()).to(device=weight.device, dtype=weight.dtype)
     reference = Reference(images=images, labels=labels)
     return Batch({"pixel_values": pixels}, torch.tensor(labels, device=weight.device), reference, index)
 
 
-def _fitting(pixels: np.ndarray, name: str, form: Any, config: Any) -> torch.Tensor:
-    """Bytes -> [c, y, x] float32 in [0, 1], of the model's channels and size."""
+def _fitting(pixels: np.ndarray, name: str, shape: tuple[int, int, int], config: Any) -> torch.Tensor:
+    """Bytes -> [c, y, x] float32 in [0, 1], of the model's channels, rows and columns."""
     from PIL import Image
 
+    wanted, height, width = shape
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
-    if channels != form.channels:
+    if channels != wanted:
         if not getattr(config, "convert", False):
             raise DataError(
-                f"data: '{name}' has {channels} channel{'s' * (channels > 1)}, the model reads {form.channels}; "
+                f"data: '{name}' has {channels} channel{'s' * (channels > 1)}, the model reads {wanted}; "
                 "set data.convert: true to change it"
             )
-        pixels = np.asarray(Image.fromarray(pixels).convert("L" if form.channels == 1 else "RGB"))
-    if pixels.shape[:2] != (form.height, form.width):
+        pixels = np.asarray(Image.fromarray(pixels).convert("L" if wanted == 1 else "RGB"))
+    if pixels.shape[:2] != (height, width):
         if getattr(config, "fit", "exact") != "crop":
             raise DataError(
                 f"data: '{name}' is {pixels.shape[1]} x {pixels.shape[0]} pixels, the model reads "
-                f"{form.width} x {form.height}; set data.fit: crop to cut and scale it"
+                f"{width} x {height}; set data.fit: crop to cut and scale it"
             )
-        pixels = _cropped(pixels, form.height, form.width)
+        pixels = _cropped(pixels, height, width)
     tensor = torch.from_numpy(np.array(pixels, dtype=np.float32) / 255)
     return tensor[None] if tensor.dim() == 2 else tensor.permute(2, 0, 1).contiguous()
 

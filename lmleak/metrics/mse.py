@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lmleak.records import Reconstruction, Reference
 
 IMAGES = True
+LOWER_IS_BETTER = True
 KEYS = ("mse",)
 
 

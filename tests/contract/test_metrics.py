@@ -10,9 +10,9 @@ from lmleak import registry
 from lmleak.records import Reconstruction, Reference
 
 TRUTH = Reference(tokens=((5, 6, 7, 8), (9, 10, 11)), texts=("five six seven eight", "nine ten eleven"), labels=(0, 1))
-PERFECT = Reconstruction(TRUTH.tokens, TRUTH.texts)
-SWAPPED = Reconstruction(TRUTH.tokens[::-1], TRUTH.texts[::-1])
-WRONG = Reconstruction(((1, 2, 3, 4), (1, 2, 3)), ("one two three four", "one two three"))
+PERFECT = Reconstruction(TRUTH.tokens, TRUTH.texts, labels=TRUTH.labels)
+SWAPPED = Reconstruction(TRUTH.tokens[::-1], TRUTH.texts[::-1], labels=TRUTH.labels[::-1])
+WRONG = Reconstruction(((1, 2, 3, 4), (1, 2, 3)), ("one two three four", "one two three"), labels=(7, 8))
 #: `evaluate` is whatever its path names; a path is needed to speak of it at all.
 ALL = [kind for kind in registry.kinds("metrics") if kind != "evaluate"]
 #: A file that scores images says so by `IMAGES`; tests/metrics/test_image_metrics.py holds its promises.
@@ -28,7 +28,7 @@ def metric(request):
 def test_the_perfect_answer_scores_best(metric):
     best = metric(PERFECT)
     assert set(best.values()) <= {1.0}
-    for worse in (WRONG, Reconstruction(), Reconstruction(TRUTH.tokens[:1], TRUTH.texts[:1])):
+    for worse in (WRONG, Reconstruction(), Reconstruction(TRUTH.tokens[:1], TRUTH.texts[:1], labels=TRUTH.labels[:1])):
         assert all(value < best[key] for key, value in metric(worse).items())
 
 
@@ -42,7 +42,7 @@ def test_order_in_the_batch_does_not_count(metric):
 
 
 def test_more_answers_than_references_do_not_help(metric):
-    padded = Reconstruction(WRONG.tokens + TRUTH.tokens, WRONG.texts + TRUTH.texts)
+    padded = Reconstruction(WRONG.tokens + TRUTH.tokens, WRONG.texts + TRUTH.texts, labels=WRONG.labels + TRUTH.labels)
     assert metric(padded) == metric(WRONG)
 
 
