@@ -57,10 +57,13 @@ def utility(
     try:
         done = {line["key"]: line for line in read(folder)}
         wanted = list(_runs(recipe))
+        states: dict[str, Any] = {}  # of frozen blocks: the same in every run of one model
         for key, model, defense, seed in wanted:
             if key in done:
                 continue
-            made = _one(recipe, model, defense, seed, folder / f"{key}.pt", partial(_say, said, defense, seed))
+            # Weights that are drawn differ by seed, those of a checkpoint in the head alone.
+            same = states.setdefault(digest([model, seed if model.get("weights") == "random" else None]), {})
+            made = _one(recipe, model, defense, seed, folder / f"{key}.pt", partial(_say, said, defense, seed), same)
             about = {"key": key, "model": model, "defense": defense, "seed": seed}
             done[key] = store.plain({**about, **made, "time": store.now()})
             store.replace_lines(folder / RESULTS, list(done.values()))
@@ -98,6 +101,7 @@ def _one(
     seed: int,
     checkpoint: Path,
     said: Callable[[str], None],
+    states: dict[Any, Any],
 ) -> Line:
     from lmleak.defenses import install
     from lmleak.models import load_model
@@ -108,7 +112,7 @@ def _one(
     train, test = _records(victim, block, recipe.seed)
     fields = {name: value for name, value in block["select"].items() if value is not None}
     plan = Plan(block["epochs"], block["batch_size"], block["lr"], fields, block["micro_batch"])
-    made = fine_tune(victim, train, test, defense, plan, seed, checkpoint, said)
+    made = fine_tune(victim, train, test, defense, plan, seed, checkpoint, said, states)
     return {
         **made,
         "majority": _majority(test),

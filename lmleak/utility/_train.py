@@ -22,6 +22,7 @@ from lmleak.gradients import select
 from lmleak.gradients.losses import forward
 from lmleak.records import Batch, Victim
 from lmleak.seeds import derive, generator
+from lmleak.utility._frozen import States, remember
 from lmleak.utility._private import Ghost, trainable
 from lmleak.utility._score import parts, score, together
 
@@ -53,6 +54,7 @@ def fine_tune(
     seed: int,
     checkpoint: Path,
     said: Callable[[str], None] = lambda _: None,
+    states: States | None = None,
 ) -> dict[str, Any]:
     """Trains a copy under one defense, or goes on from the last finished epoch.
 
@@ -65,6 +67,7 @@ def fine_tune(
         seed: of the batches, of the head's order, and of the noise.
         checkpoint: file that keeps the last epoch; removed at the end.
         said: progress, one line an epoch.
+        states: what frozen blocks made of records in an earlier run of the same weights and plan; filled.
 
     Returns:
         `accuracy` and `mcc` on the test records, `curve` of both by epoch, `seconds` of CPU.
@@ -77,6 +80,8 @@ def fine_tune(
     copied = trainable(victim, plan.parameters)
     trained = [p for p in copied.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=plan.lr, weight_decay=0.0)
+    if defense["kind"] in ("none", "dp_sgd"):  # other defenses are asked about parameters by name
+        remember(copied, [*train, *test], states)
     take = _step(copied, optimizer, defense, plan)
     total = plan.epochs * plan.steps(len(train))
     done, curve, seconds = _resume(checkpoint, trained, optimizer)

@@ -12,6 +12,7 @@ from lmleak import load_batches, load_model, select
 from lmleak.errors import LmleakError, ModelError
 from lmleak.gradients.observe import ClientGradients
 from lmleak.utility import Ghost, Plan, fine_tune, mcc, trainable
+from lmleak.utility._frozen import remember
 from lmleak.utility._score import together
 from lmleak.utility._train import _losses
 
@@ -107,6 +108,26 @@ def test_tied_and_skipped_parameters_are_refused(tiny_gpt2, bert):
     ghost = Ghost(copied.module, 1.0)
     with pytest.raises(ModelError, match=r"extra\.weight has no per-sample gradient"):
         ghost.backward(_losses(copied, together(records(bert, 2), bert)))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "frozen"), [({"components": ["pooler", "head"]}, 2), ({"layers": [1]}, 1), ({"layers": [0]}, 0)]
+)
+def test_frozen_blocks_are_run_once_and_change_nothing(bert, chosen, frozen):
+    known = [*records(bert, 3), *records(bert, 3, max_length=7)]
+    batch = together(known, bert)
+    whole, cut = trainable(bert, chosen), trainable(bert, chosen)
+    states = {}
+    assert remember(cut, known, states) == bool(frozen)
+    assert len(cut.module.bert.encoder.layer) == 2 - frozen
+    for one in (whole, cut):
+        _losses(one, batch).sum().backward()
+    pairs = zip(*([p for p in v.module.parameters() if p.requires_grad] for v in (whole, cut)), strict=True)
+    assert all(torch.allclose(a.grad, b.grad, atol=1e-6) for a, b in pairs)
+    if frozen:  # a second run of the same weights computes nothing anew
+        kept = dict(states)
+        assert remember(trainable(bert, chosen), known, states)
+        assert all(states[key] is kept[key] for key in states)
 
 
 PLAN = Plan(epochs=2, batch_size=8, lr=2e-3, parameters={}, micro_batch=4)
