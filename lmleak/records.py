@@ -37,6 +37,7 @@ class Batch:
     labels: torch.Tensor  #: [b] classes, or [b, s] token labels with -100 where there is no loss
     reference: Reference
     index: int = 0  #: position of this batch in the data source's order
+    texts: tuple[str, ...] = ()  #: as the source has them; a tokenizer may drop their case
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ class Knowledge:
     labels: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None  #: tokens a sample, special tokens included
     special_tokens: bool = True  #: the attacker knows how the tokenizer wraps a sentence
+    #: mean and variance of the batch in front of each BatchNorm layer, by its dotted name
+    bn_statistics: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 @dataclass(frozen=True)

@@ -44,3 +44,10 @@ def generator(seed: int, *parts: str | int | bool | None, device: str | torch.de
     fresh = torch.Generator(device=device)
     fresh.manual_seed(derive(seed, *parts))
     return fresh
+
+
+def drawn(source: torch.Generator) -> int:
+    """A seed below 2**31 drawn from a generator, for libraries that take a number."""
+    import torch
+
+    return int(torch.randint(2**31, (1,), generator=source))

@@ -108,7 +108,8 @@ def _batch(victim: Victim, examples: Examples, group: list[tuple[int, list[int]]
         ids, labels = _masked(ids, mask, special, tokenizer, generator(seed, "mask", index))
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    return Batch(inputs=inputs, labels=labels.to(device), reference=reference, index=index)
+    texts = tuple(examples.texts[i] for i, _ in group)
+    return Batch(inputs=inputs, labels=labels.to(device), reference=reference, index=index, texts=texts)
 
 
 def _masked(

@@ -49,11 +49,8 @@ class Release:
     @classmethod
     def of(cls, mechanism: Gaussian, victim: Victim, batch: Batch, entries: Sequence[Entry]) -> Release:
         """The release of one batch."""
-        counts = torch.ones(len(batch.labels)) if batch.labels.dim() == 1 else (batch.labels != -100).sum(1)
-        if victim.task == "causal-lm":
-            counts = (batch.labels[:, 1:] != -100).sum(1)
-        shares = (counts / counts.sum().clamp_min(1)).tolist()
-        return cls(mechanism, tuple(entries), tuple(e.name for e in whole_model(victim.module)), tuple(shares))
+        whole = tuple(e.name for e in whole_model(victim.module))
+        return cls(mechanism, tuple(entries), whole, shares(victim, batch))
 
     def moved(self, change: Change) -> dict[str, Tensor]:
         """d' of every candidate: |change of the release| / noise, by row of `modules`; [k], infinite without noise."""
@@ -92,6 +89,15 @@ class Release:
     def _over_noise(self, squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rows = {name: sum(squares[e.name] for e in found) for name, found in modules(self.entries).items()}
         return {name: torch.as_tensor(square).clamp_min(0).sqrt() / self.mechanism.std for name, square in rows.items()}
+
+
+def shares(victim: Victim, batch: Batch) -> tuple[float, ...]:
+    """Weight of every sample's own mean loss in the batch's."""
+    labels = batch.labels
+    if labels.dim() == 1:
+        return (1 / len(labels),) * len(labels)
+    counts = ((labels[:, 1:] if victim.task == "causal-lm" else labels) != -100).sum(1)
+    return tuple((counts / counts.sum().clamp_min(1)).tolist())
 
 
 def _alone(change: Change) -> dict[str, Tensor]:

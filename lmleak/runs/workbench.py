@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -137,17 +138,21 @@ class Workbench:
     def measures(self, cell: Cell, index: int) -> dict[str, Any] | None:
         """What the cell's measures say of one batch's release; None where it asks for none.
 
-        Draws depend on (recipe seed, batch) alone, so settings of a sweep meet the same alternatives.
+        Draws depend on (recipe seed, batch) alone, so settings of a sweep meet the same alternatives. What compares
+        many batches is told with the cell's first.
         """
         if not cell.recipe.measures or cell.control:
             return None
-        from lmleak.measures import measure
+        from lmleak.measures import measure, over_data
 
         recipe, found = cell.recipe, {}
         for block in recipe.measures:
+            many = over_data(block["kind"])
+            if many and index:
+                continue
             made = measure(
                 self.victim(cell),
-                self.batches(cell)[index],
+                self._sample(cell, block["samples"]) if many else self.batches(cell)[index],
                 self.selection(cell),
                 **block,
                 defense=recipe.defense,
@@ -155,6 +160,12 @@ class Workbench:
             )
             found[block["kind"]] = {"rows": made.rows, "reason": made.reason, "details": made.details}
         return found
+
+    def _sample(self, cell: Cell, count: int) -> list[Batch]:
+        """Up to `count` batches of the cell's data: `data.limit` is for attacks, which cost more."""
+        data = {**cell.recipe.data, "limit": count * cell.recipe.data["batch_size"]}
+        recipe = cell.recipe.model_copy(update={"data": data})
+        return self.batches(replace(cell, recipe=recipe))
 
     def _same(self, what: str, key: str, now: str) -> None:
         known = self.identities.setdefault(f"{what}:{_digest(key)}", now)
