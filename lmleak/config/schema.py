@@ -93,6 +93,7 @@ class Grants(BaseModel):
     labels: bool = False
     lengths: bool = False
     special_tokens: bool = True
+    bn_statistics: bool = False
 
 
 def check(schema: type[BaseModel], fields: Mapping[str, Any], key: Key) -> tuple[dict[str, Any], list[Problem]]:

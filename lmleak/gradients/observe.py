@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lmleak import registry
 from lmleak.errors import LmleakError
-from lmleak.gradients import factors
+from lmleak.gradients import batchnorm, factors
 from lmleak.gradients.losses import model_losses
 from lmleak.records import Batch, Entry, Knowledge, Observation, Reference, Selection, Victim
 from lmleak.seeds import derive, generator
@@ -22,7 +22,10 @@ ClipScope = Literal["model", "selection", "per_layer"]
 
 @contextmanager
 def client_mode(victim: Victim, seed: int = 0) -> Iterator[nn.Module]:
-    """The model in the client's mode; dropout and noisy modules draw from `seed`; modes and global RNG are put back."""
+    """The model in the client's mode; dropout and noisy modules draw from `seed`; modes and global RNG are put back.
+
+    BatchNorm in training mode normalises by the batch and leaves its running statistics alone.
+    """
     modes = {module: module.training for module in victim.module.modules()}
     # Modules that draw noise of their own keep the seed of it here: a bottleneck, see `defenses.precode`.
     noisy = {module: module.noise_seed for module in modes if hasattr(module, "noise_seed")}
@@ -33,7 +36,8 @@ def client_mode(victim: Victim, seed: int = 0) -> Iterator[nn.Module]:
         torch.manual_seed(derive(seed, "dropout"))
         victim.module.train(victim.mode == "train")
         try:
-            yield victim.module
+            with batchnorm.untracked(victim.module):
+                yield victim.module
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -76,7 +80,16 @@ class ClientGradients:
         }
 
     def per_sample_norms(self, scope: ClipScope = "model") -> Tensor:
-        """Gradient norm of every sample over the scope, [b]; for `per_layer` over each entry, [entries, b]."""
+        """Gradient norm of every sample over the scope, [b]; for `per_layer` over each entry, [entries, b].
+
+        Raises:
+            LmleakError: BatchNorm in training mode: every sample's gradient then depends on all of them.
+        """
+        if self.victim.mode == "train" and batchnorm.norms(self.victim.module):
+            raise LmleakError(
+                "model.mode: 'train' lets BatchNorm mix the samples of a batch, so that clipping them one by one "
+                "bounds nothing and no guarantee would hold; use mode: eval, or a model without BatchNorm"
+            )
         squares = self._squares(scope)
         stacked = torch.stack([squares[name] for name in squares])
         return stacked.sqrt() if scope == "per_layer" else stacked.sum(0).sqrt()
@@ -210,22 +223,34 @@ def observe(
 
 
 def grant(
-    victim: Victim, batch: Batch, *, labels: bool = False, lengths: bool = False, special_tokens: bool = True
+    victim: Victim,
+    batch: Batch,
+    *,
+    labels: bool = False,
+    lengths: bool = False,
+    special_tokens: bool = True,
+    bn_statistics: bool = False,
 ) -> Knowledge:
     """What the threat model grants the attacker about this batch; the only other way from a Batch to an attack.
 
     Args:
-        victim: not used beyond its task.
+        victim: the client's model; left as it was found.
         batch: the private data.
         labels: class labels (classification only).
         lengths: tokens of every sample, special tokens included.
         special_tokens: that the attacker knows how the tokenizer wraps a sentence.
+        bn_statistics: mean and variance of this batch in front of every BatchNorm layer; the running ones are public.
     """
+    found = None
+    if bn_statistics:
+        with client_mode(victim) as module, torch.no_grad(), batchnorm.recorded(module) as found:
+            model_losses(module, batch.inputs, batch.labels, victim.task, "mean")
     mask = batch.inputs.get("attention_mask")
     return Knowledge(
         labels=batch.reference.labels if labels and batch.labels.dim() == 1 else None,
         lengths=tuple(mask.sum(1).tolist()) if lengths and mask is not None else None,
         special_tokens=special_tokens,
+        bn_statistics=found,
     )
 
 

@@ -32,7 +32,7 @@ def test_defaults_are_filled_and_short_forms_written_out() -> None:
     assert recipe.attack == {"kind": "span"}
     assert recipe.defense == {"kind": "none"}
     assert [metric["kind"] for metric in recipe.metrics] == ["rouge", "token_accuracy", "exact_match"]
-    assert recipe.knowledge == {"labels": False, "lengths": False, "special_tokens": True}
+    assert recipe.knowledge == {"labels": False, "lengths": False, "special_tokens": True, "bn_statistics": False}
     assert recipe.data["batch_size"] == 1
     assert recipe.seed == 0
 

@@ -2,7 +2,7 @@
 
 A file states `EXAMPLE`: a case so easy that it must beat chance. `fields` of its Config, `select` as in a recipe,
 `knowledge` that it is granted, `batch_size`, and optionally `model`, the `load_model` fields of another victim, and
-`answer: labels` where it returns labels and no text.
+`answer: labels` or `answer: images` where it returns those and no text; `model` is then an image model's, complete.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -49,12 +50,18 @@ def example(kind: str) -> dict:
 
 def victim_for(kind: str, mode: str = "eval") -> Victim:
     """A victim of its own for every test: some of them leave marks on it on purpose."""
-    return load_model(**(MODEL | example(kind).get("model", {})), mode=mode)
+    own = example(kind).get("model", {})
+    return load_model(**(own | {"device": "cpu"} if pictures(kind) else MODEL | own), mode=mode)
+
+
+def pictures(kind: str) -> bool:
+    return example(kind).get("answer") == "images"
 
 
 def easy(kind: str, victim: Victim) -> tuple[Observation, Knowledge, Batch]:
     asked = example(kind)
-    batch = load_batches(victim, "sample", limit=asked["batch_size"], batch_size=asked["batch_size"], max_length=14)[0]
+    source = {"kind": "photos"} if pictures(kind) else {"kind": "sample", "max_length": 14}
+    batch = load_batches(victim, **source, limit=asked["batch_size"], batch_size=asked["batch_size"])[0]
     return observe(victim, batch, select(victim, **asked["select"])), grant(victim, batch, **asked["knowledge"]), batch
 
 
@@ -81,9 +88,24 @@ def chance(truth, vocabulary: int) -> float:
     return max(overlap([[draw.randrange(vocabulary) for _ in row] for row in truth], truth) for _ in range(200))
 
 
+def closeness(images: torch.Tensor, truth: torch.Tensor) -> float:
+    """PSNR in dB of one picture, or of several in their order."""
+    return -10 * math.log10(max(float((images.double() - truth.double()).square().mean()), 1e-15))
+
+
+def gamble(truth: torch.Tensor) -> float:
+    """The best of grey, of every channel's true mean, and of 200 pictures of noise."""
+    draw = torch.Generator().manual_seed(0)
+    guesses = [torch.full_like(truth, 0.5), truth.mean((2, 3), keepdim=True).expand_as(truth)]
+    guesses += [torch.rand(truth.shape, generator=draw) for _ in range(200)]
+    return max(closeness(guess, truth) for guess in guesses)
+
+
 def right(kind: str, result: Reconstruction, batch: Batch) -> bool:
     if example(kind).get("answer") == "labels":
         return sorted(result.labels) == sorted(batch.reference.labels)
+    if pictures(kind):
+        return closeness(result.images, batch.reference.images) > gamble(batch.reference.images)
     truth = batch.reference.tokens
     return overlap(result.tokens, truth) > chance(truth, len(victim_for(kind).processor))
 
@@ -114,16 +136,21 @@ def test_beats_chance_on_its_easy_case(kind):
     result, batch = answer(kind)
     assert result.status == "ok", result.reason
     assert len(result.tokens) == len(result.texts)
-    assert len(result.labels or result.texts) == len(batch.labels)
+    said = result.images if pictures(kind) else result.labels or result.texts
+    assert len(said) == len(batch.labels)
     assert right(kind, result, batch)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_is_plain_data_without_special_tokens(kind):
     result, _ = answer(kind)
-    special = set(victim_for(kind).processor.all_special_ids)
-    assert all(type(token) is int and token not in special for row in result.tokens for token in row)
-    assert len(result.confidence) == len(result.texts)
+    if pictures(kind):
+        assert result.images.dtype == torch.float32
+        assert 0 <= result.images.min() <= result.images.max() <= 1
+    else:
+        special = set(victim_for(kind).processor.all_special_ids)
+        assert all(type(token) is int and token not in special for row in result.tokens for token in row)
+    assert len(result.confidence) == len(result.images if pictures(kind) else result.texts)
     assert all(type(value) is float and 0 <= value <= 1 for value in result.confidence)
     json.dumps(dict(result.details), allow_nan=False)
 
@@ -164,7 +191,9 @@ def test_is_deterministic_and_leaves_the_model_the_observation_and_every_generat
     assert replace(seen, gradients={}) == facts
     assert all(isinstance(line, str) for line in said)
     # The other run of the same seed was on another copy of the model, without the marks.
-    assert result == answer(kind)[0]
+    again = answer(kind)[0]
+    assert torch.equal(result.images, again.images) if pictures(kind) else result == again
+    assert replace(result, images=None) == replace(again, images=None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,7 +207,9 @@ def test_refuses_what_holds_nothing(kind, granted):
     assert refused(run(kind, victim, replace(seen, gradients={}, entries=()), known))
     if not granted:
         # One norm's bias: no row space, no embedding, no rank.
-        bias = observe(victim, batch, select(victim, components=["norm"], layers=[-1], parameters="bias"))
+        # A picture's model may have no norm; and where the labels cannot be read nothing can be sought.
+        where = {"layers": [0]} if pictures(kind) else {"components": ["norm"], "layers": [-1]}
+        bias = observe(victim, batch, select(victim, **where, parameters="bias"))
         assert refused(run(kind, victim, bias, known))
 
 

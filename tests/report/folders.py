@@ -30,7 +30,7 @@ def recipe(sweep: Mapping[str, list[Any]], **blocks: Any) -> dict[str, Any]:
         "defense": {"kind": "none"},
         "attack": {"kind": "span"},
         "metrics": [{"kind": "rouge"}, {"kind": "token_accuracy"}, {"kind": "exact_match"}],
-        "knowledge": {"labels": False, "lengths": False, "special_tokens": True},
+        "knowledge": {"labels": False, "lengths": False, "special_tokens": True, "bn_statistics": False},
         "seed": 0,
         **blocks,
         "sweep": dict(sweep),
