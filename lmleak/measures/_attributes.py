@@ -98,10 +98,9 @@ def _texts(batches: Sequence[Batch]) -> list[str]:
 
 
 def _length(batches: Sequence[Batch]) -> np.ndarray:
-    """1 for texts of more words than the median."""
+    """1 for texts of more tokens than the median."""
     _texts(batches)
-    lengths = np.array([len(batch.reference.tokens[0]) for batch in batches])
-    return (lengths > np.median(lengths)).astype(int)
+    return _upper(np.array([len(batch.reference.tokens[0]) for batch in batches]))
 
 
 def _name(batches: Sequence[Batch]) -> np.ndarray:
@@ -117,8 +116,13 @@ def _brightness(batches: Sequence[Batch]) -> np.ndarray:
     """1 for images brighter than the median."""
     if batches[0].reference.images is None:
         raise LmleakError("measures: only images have a brightness")
-    means = np.array([float(batch.reference.images[0].mean()) for batch in batches])
-    return (means > np.median(means)).astype(int)
+    return _upper(np.array([float(batch.reference.images[0].mean()) for batch in batches]))
+
+
+def _upper(numbers: np.ndarray) -> np.ndarray:
+    """1 above the median; from it on where nothing lies above."""
+    middle = np.median(numbers)
+    return (numbers > middle if (numbers > middle).any() else numbers >= middle).astype(int)
 
 
 _KNOWN: dict[str, Callable[[Sequence[Batch]], np.ndarray]] = {

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from lmleak.errors import RunError
 from lmleak.report import (
+    _atlas,
     _chart,
     _controls,
     _diff,
@@ -129,6 +130,11 @@ def page(runs: Sequence[Run]) -> str:
         controlled=_controls.table(every, main),
         replayed={(p.run.name, p.cell): _controls.replayed(p.line) for p in every},
         measured=_measured.tables(cells),
+        atlas=_atlas.maps(cells, main),
+        links=_atlas.links(cells, main),
+        verdicts=_atlas.verdicts(cells, main),
+        verdict_columns=list(_atlas.readers(cells)),
+        threat=_atlas.threat(cells) if cells else "",
         unclipped=any(_kind(p) == "gaussian_noise" for p in cells),
         charts=_chart.charts(cells, charted) if charted else [],
         charted=_words.metric_name(charted or ""),

@@ -1,0 +1,212 @@
+"""The atlas: attack and measures of every module side by side, their rank correlation, and what may be shared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from markupsafe import Markup
+
+from lmleak.report import _heat, _palette, _study, _words
+from lmleak.report._study import Place
+
+LEAST = 6  #: modules below which a rank correlation says nothing
+_ROW, _STEP = 30, 46
+
+
+class Map(NamedTuple):
+    """One value over components and layers, shaded between its least and its largest."""
+
+    title: str
+    about: str
+    svg: Markup
+
+
+class Link(NamedTuple):
+    """Spearman's rank correlation of a measure with the attack's score over modules, with a 95 % bootstrap interval."""
+
+    measure: str
+    rho: float
+    low: float
+    high: float
+    modules: int
+
+
+class Verdict(NamedTuple):
+    """One module's line of the answer."""
+
+    place: Place
+    word: str  #: a class of the page's style
+    text: str
+    values: Sequence[str]
+
+
+Reader = Callable[[Place], float | None]
+
+
+def readers(cells: Sequence[Place]) -> dict[str, Reader]:
+    """First value of every measure that any cell has, as `kind: value`."""
+    found: dict[str, Reader] = {}
+    for place in cells:
+        for kind, measured in (place.line.get("measures") or {}).items():
+            for name in list(measured["all"])[:1]:
+                found.setdefault(f"{kind}: {name}" if name != kind else kind, _reader(kind, name))
+    return found
+
+
+def _reader(kind: str, name: str) -> Reader:
+    def read(place: Place) -> float | None:
+        score = ((place.line.get("measures") or {}).get(kind) or {"all": {}})["all"].get(name)
+        return score["mean"] if score else None
+
+    return read
+
+
+def maps(cells: Sequence[Place], metric: str | None) -> list[Map]:
+    """The attack's map and every measure's, where several modules were measured; nothing else is an atlas."""
+    cells = [place for place in cells if not place.defended] or list(cells)
+    measured = readers(cells)
+    if not measured or len({(place.component, place.layer) for place in cells}) < 2:
+        return []
+    drawn: dict[str, tuple[Reader, Callable[[float], str]]] = {}
+    if metric:
+        drawn[f"attack: {_words.metric_name(metric)}"] = _attack(metric), lambda v: _words.percent(v, metric)
+    drawn["share of the parameters"] = (lambda place: place.share), lambda v: _words.share(v).replace(" %", "")
+    drawn |= {name: (read, _words.number) for name, read in measured.items()}
+    return [Map(name, _range(cells, read, show), _svg(cells, name, read, show)) for name, (read, show) in drawn.items()]
+
+
+def _attack(metric: str) -> Reader:
+    def read(place: Place) -> float | None:
+        score = place.score(metric) or place.guess(metric)
+        return float(score["mean"]) if score else None
+
+    return read
+
+
+def _range(cells: Sequence[Place], read: Reader, show: Callable[[float], str]) -> str:
+    known = [value for place in cells if (value := read(place)) is not None]
+    return f"{show(min(known))} to {show(max(known))}" if known else "no value"
+
+
+def _svg(cells: Sequence[Place], name: str, read: Reader, show: Callable[[float], str]) -> Markup:
+    rows, columns = _study.ordered(cells, "component"), _study.ordered(cells, "layer")
+    at: dict[tuple[str, str], list[float]] = {}
+    for place in cells:
+        value = read(place)
+        if value is not None and math.isfinite(value):
+            at.setdefault((place.component, place.layer), []).append(value)
+    means = {key: sum(values) / len(values) for key, values in at.items()}
+    low, high = (min(means.values()), max(means.values())) if means else (0.0, 1.0)
+    left = 16 + 6.6 * max(map(len, rows))
+    parts = []
+    for j, column in enumerate(columns):
+        parts.append(
+            Markup('<text class="ax" x="{:.0f}" y="14" text-anchor="middle">{}</text>').format(
+                left + _STEP * (j + 0.5), column
+            )
+        )
+    for i, row in enumerate(rows):
+        y = 22 + _ROW * i
+        parts.append(
+            Markup('<text class="ax" x="{:.0f}" y="{:.0f}" text-anchor="end">{}</text>').format(
+                left - 8, y + _ROW / 2 + 3, row
+            )
+        )
+        for j, column in enumerate(columns):
+            if (row, column) in means:
+                value = means[row, column]
+                shade = _palette.shade((value - low) / (high - low) if high > low else 0.5)
+                parts.append(_square(left + _STEP * j, y, shade, show(value), f"{row}, layer {column}: {show(value)}"))
+    width, height = left + _STEP * len(columns) + 2, 24 + _ROW * len(rows)
+    return Markup(
+        '<svg class="map" viewBox="0 0 {0:.0f} {1:.0f}" width="{0:.0f}" height="{1:.0f}" role="img" '
+        'aria-label="{2} by component and layer">{3}</svg>'
+    ).format(width, height, name, Markup("").join(parts))
+
+
+def _square(x: float, y: float, shade: int, text: str, title: str) -> Markup:
+    box = Markup('x="{:.0f}" y="{:.0f}" width="{}" height="{}" rx="3"').format(x, y, _STEP - 2, _ROW - 2)
+    return _heat._drawn("cell", title, f"h{shade}", box, _heat._lines(x, y, _STEP - 2, _ROW - 2, (text,), f"t{shade}"))
+
+
+def links(cells: Sequence[Place], metric: str | None) -> list[Link]:
+    """How far each measure foretells the attack: over the undefended modules that the attack applies to."""
+    if not metric:
+        return []
+    cells = [place for place in cells if not place.defended]
+    score = _attack(metric)
+    found = []
+    for name, read in readers(cells).items():
+        pairs = np.array(
+            [(a, b) for place in cells if (a := read(place)) is not None and (b := score(place)) is not None]
+        )
+        if len(pairs) >= LEAST and np.ptp(pairs, axis=0).all():
+            found.append(Link(name, *spearman(pairs[:, 0], pairs[:, 1]), len(pairs)))
+    return sorted(found, key=lambda link: -abs(link.rho))
+
+
+def spearman(a: np.ndarray, b: np.ndarray, draws: int = 1000) -> tuple[float, float, float]:
+    """Rank correlation and its 95 % percentile interval over resampled pairs."""
+    from scipy.stats import rankdata
+
+    def rho(x: np.ndarray, y: np.ndarray) -> float:
+        x, y = rankdata(x), rankdata(y)
+        return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) and np.ptp(y) else math.nan
+
+    draw = np.random.default_rng(0)
+    picks = draw.integers(len(a), size=(draws, len(a)))
+    resampled = [value for pick in picks if not math.isnan(value := rho(a[pick], b[pick]))]
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return rho(a, b), float(low), float(high)
+
+
+def verdicts(cells: Sequence[Place], metric: str | None) -> list[Verdict]:
+    """Modules from the most to the least that was found in them."""
+    cells = [place for place in cells if not place.defended]
+    if not metric or not readers(cells):
+        return []
+    score, measured = _attack(metric), readers(cells)
+
+    def order(place: Place) -> tuple[float, float]:
+        return -(score(place) or 0.0), -(_information(place) or (0.0, 0.0))[0]
+
+    return [
+        Verdict(place, *_word(place, score(place)), [_words.number(read(place)) for read in measured.values()])
+        for place in sorted(cells, key=order)
+    ]
+
+
+def _word(place: Place, level: float | None) -> tuple[str, str]:
+    told = _information(place)
+    if level:
+        return "failed", "no: an attack reads it"
+    if told and told[0] > 0:
+        return "bad", "no: no attack here read it, but its gradient tells of the data"
+    if level == 0:
+        return "", "nothing was found; that is no proof"
+    return "", f"unknown: {_words.STATUSES.get(place.status, place.status)}"
+
+
+def _information(place: Place) -> tuple[float, float] | None:
+    """Lower end of usable information's interval above its null, and the information itself."""
+    measured = ((place.line.get("measures") or {}).get("usable_information") or {"all": {}})["all"]
+    values = [(measured.get(name) or {}).get("mean") for name in ("low", "null", "usable_information")]
+    if values[0] is None or values[2] is None:
+        return None
+    return values[0] - max(values[1] or 0.0, 0.0), values[2]
+
+
+def threat(cells: Sequence[Place]) -> str:
+    """Under which threat model the answer holds."""
+    knowledge = cells[0].setting.get("knowledge") or {}
+    granted = [name for name, value in knowledge.items() if value is True]
+    sizes = sorted({place.batch_size for place in cells})
+    return (
+        "The attacker sees one of these modules' gradients of one batch and knows the weights, the tokenizer or image "
+        f"format, the batch size ({', '.join(map(str, sizes))})"
+        + (f" and {', '.join(granted)}" if granted else "")
+        + "; the measures are told by someone with data of the same kind."
+    )
