@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from lmleak.attacks._applicability import Reading
+from lmleak.attacks._codes import codes, given
 from lmleak.attacks._labels import Strategy, recover_labels
 from lmleak.attacks._pixels import Matcher, confidence
 from lmleak.attacks._pixels_terms import Box, total_variation
@@ -53,6 +54,9 @@ class Config(BaseModel):
     lr: Annotated[float, Field(gt=0)] = 0.1
     tv: Annotated[float, Field(ge=0)] = Field(1e-6, description="weight of the total variation")
     labels: Strategy = Field("best", description="how labels that are not granted are read, see `labels`")
+    noise: Literal["own", "solved"] = Field(
+        "own", description="of a bottleneck (precode): drawn by the attacker, or read off its decoder's gradient"
+    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,9 @@ def attack(
     if isinstance(found, Reconstruction) and config.optimizer != "lbfgs":
         why = f"labels unknown ({found.reason}); grant knowledge.labels, or seek them too (optimizer: lbfgs)"
         return refuse("not_applicable", why)
+    drawn_codes = codes(observation, victim) if config.noise == "solved" else {}
+    if isinstance(drawn_codes, str):
+        return refuse("not_applicable", drawn_codes)
     matcher = Matcher(victim, observation, 1 if config.optimizer == "lbfgs" else config.restarts)
     if matcher.zero:
         return refuse("no_signal", "the observed gradient is zero")
@@ -99,7 +106,7 @@ def attack(
     weight = next(victim.module.parameters())
     start = torch.randn(config.restarts, *shape, generator=generator).to(weight)
     problem = _Problem(config, matcher, Box(form, weight), shape)
-    with matcher.ready():
+    with matcher.ready(), given(victim, drawn_codes):
         if isinstance(found, Reconstruction):
             drawn = torch.randn(config.restarts, len(start[0]), form.classes, generator=generator).to(weight)
             pixels, labels = _lbfgs(problem, start, drawn, progress)
