@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lmleak.report import _study, _words
+from lmleak.report import _grade, _study, _words
 from lmleak.report._study import Place
 
 ENOUGH = 100  #: batches below which a score is an impression, not a claim
@@ -33,13 +33,16 @@ def headline(cells: Sequence[Place], metric: str | None) -> str:
                 f"No sentence was read word for word. At most {_words.percent(level)} % of the words came back "
                 f"({_words.metric_name(words)}), from the gradient of {_seen(best)}."
             )
-    if level > 0:
-        unit = " dB" if metric == "psnr" else " %"
+    if _grade.recovered(metric, level):
+        unit = " dB" if metric == "psnr" else "" if metric in _grade.LOWER else " %"
         return (
             f"{who} recovers the data at {_words.metric_name(metric)} {_words.percent(level, metric)}{unit}.".replace(
                 ", dB", ""
             )
         )
+    if metric in _grade.RECOGNISABLE:
+        shown = f"{_words.metric_name(metric).removesuffix(', dB')} {_words.percent(level, metric)}"
+        return f"No picture was recovered{_grade.limit(metric)}: the best answer has {shown}."
     return (
         f"Nothing was recovered in any of the {len(scored):,} settings that were tried."
         if len(scored) > 1
@@ -63,7 +66,7 @@ def notes(cells: Sequence[Place], metric: str | None) -> list[str]:
     if not scored or not metric:
         return []
     found = [*_extent(scored, metric), *_defenses(scored, metric)]
-    if not any(place.mean(metric) > 0 for place in scored):
+    if not any(_grade.recovered(metric, place.mean(metric)) for place in scored):
         found.append("That an attack fails is no proof of safety: a stronger one may succeed.")
     without = len(cells) - len(scored)
     if without:
@@ -87,7 +90,8 @@ def notes(cells: Sequence[Place], metric: str | None) -> list[str]:
 def _extent(scored: Sequence[Place], metric: str) -> list[str]:
     plain = [place for place in scored if not place.defended] or list(scored)
     verb = "at least one sentence is read word for word" if metric == "exact_match" else "something is recovered"
-    leaking = [place for place in plain if place.mean(metric) > 0]
+    verb = f"pictures are recovered{_grade.limit(metric)}" if metric in _grade.RECOGNISABLE else verb
+    leaking = [place for place in plain if _grade.recovered(metric, place.mean(metric))]
     found = []
     if len(plain) > 1 and leaking:
         kind = "undefended " if any(place.defended for place in scored) and not plain[0].defended else ""
@@ -111,7 +115,7 @@ def _defenses(scored: Sequence[Place], metric: str) -> list[str]:
         epsilon = (best.line.get("privacy") or {}).get("epsilon")
         label = f"{name} (ε\u00a0{_words.number(epsilon)})" if epsilon is not None else name
         level = best.mean(metric)
-        if level == 0:
+        if not _grade.recovered(metric, level):
             stopped.append(label)
         elif metric == "exact_match":
             found.append(f"With {label} the attack still reads {_count(best, metric)}.")
@@ -128,7 +132,10 @@ def _defenses(scored: Sequence[Place], metric: str) -> list[str]:
 
 def _best(cells: Sequence[Place], metric: str) -> Place:
     """Highest score; among equals the one that needed to see least."""
-    return min(cells, key=lambda place: (-place.mean(metric), 1.0 if place.share is None else place.share))
+    return min(
+        cells,
+        key=lambda place: (-_grade.worth(metric, place.mean(metric)), 1.0 if place.share is None else place.share),
+    )
 
 
 def _seen(place: Place) -> str:

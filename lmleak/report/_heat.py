@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from lmleak.report import _palette, _study, _words
+from lmleak.report import _grade, _palette, _study, _words
 from lmleak.report._study import Place
 
 SECONDS = "seconds"  #: drawn as a metric: the attack's CPU seconds a batch, on a logarithmic scale
@@ -152,8 +152,7 @@ def _cell(
         return _unscored(first, metric, where, cost, box, (x, y, width, height))
     mean = sum(score["mean"] for score in scored) / len(scored)
     shown = _words.percent(mean, metric)
-    # PSNR has no natural end; 40 dB is where the eye stops telling images apart.
-    shade = _palette.shade(mean / 40 if metric == "psnr" else mean)
+    shade = _palette.shade(_grade.strength(metric, mean))
     spread = "" if len(scored) > 1 else interval(scored[0], metric)
     runs = f", mean of {len(scored)} cells" if len(scored) > 1 else f", n = {scored[0].get('n')}"
     done, asked = (sum(counts) for counts in zip(*(place.answered for place in here), strict=True))
@@ -225,7 +224,7 @@ def legend(metric: str, cells: Sequence[Place] = ()) -> Markup:
         Markup('<rect class="h{}" x="{}" y="1" width="{}" height="12"/>').format(i, start + step * i, step + 0.5)
         for i in range(_palette.STEPS + 1)
     )
-    low, high = ("0", "40 dB" if metric == "psnr" else "100")
+    low, high = _grade.ends(metric)
     if metric == SECONDS:
         low, high = (brief(end) for end in _scale(cells))
     parts = [

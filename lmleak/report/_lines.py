@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-from lmleak.report import _controls, _measured, _study, _words
+from lmleak.report import _controls, _grade, _measured, _study, _words
 from lmleak.report._study import Place, Run
 
 
@@ -186,7 +186,7 @@ def _shown(score: Mapping[str, Any] | None, metric: str, signed: bool = False) -
     def text(value: float) -> str:
         return ("+" if signed and value > 0 else "") + (
             _words.percent(value, metric)
-            if not signed or metric == "psnr"
+            if not signed or metric == "psnr" or metric in _grade.LOWER
             else f"{100 * value:.0f}".replace("-", "−").replace("−0", "0")
         )
 

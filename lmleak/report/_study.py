@@ -10,7 +10,7 @@ from typing import Any
 from lmleak.report import _words
 
 #: the metric a study is read by: the first of these that any cell was scored with
-HEADLINE_METRICS = ("exact_match", "rougeL", "rouge1", "token_accuracy", "ssim", "psnr", "rouge2")
+HEADLINE_METRICS = ("exact_match", "rougeL", "rouge1", "token_accuracy", "ssim", "psnr", "label_accuracy", "rouge2")
 DIMENSIONS = ("component", "layer", "defense", "attack", "other")
 
 

@@ -7,9 +7,14 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lmleak.report import _grade
+
 #: component -> what it is in a sentence, and its place in a figure (the order data flows through a block)
 COMPONENTS = {
+    "patch_embedding": "the patch embedding",
+    "position_embedding": "the position embeddings",
     "embedding": "the embedding table",
+    "conv": "the convolutions",
     "attn_query": "one query matrix",
     "attn_key": "one key matrix",
     "attn_value": "one value matrix",
@@ -17,8 +22,10 @@ COMPONENTS = {
     "attn_output": "one attention output matrix",
     "ffn_in": "one feed-forward input matrix",
     "ffn_out": "one feed-forward output matrix",
-    "norm": "the layer norms",
+    "linear": "the fully connected layers",
+    "norm": "the norms",
     "layer": "a whole layer",
+    "stage": "the residual stages",
     "encoder": "the whole encoder",
     "pooler": "the pooler",
     "head": "the head",
@@ -32,8 +39,14 @@ METRICS = {
     "token_accuracy": "token accuracy",
     "ssim": "SSIM",
     "psnr": "PSNR, dB",
+    "mse": "squared error",
+    "fft2d": "Fourier distance",
+    "lpips": "LPIPS",
+    "identification": "identified",
+    "label_accuracy": "labels",
     "seconds": "CPU seconds",
 }
+_OUTSIDE = ("patch_embedding", "position_embedding", "embedding", "pooler", "head", "encoder", "stage", "all")
 STATUSES = {
     "not_applicable": "n/a",
     "no_signal": "no signal",
@@ -50,11 +63,16 @@ def metric_name(metric: str) -> str:
 
 
 def percent(value: float | None, metric: str = "") -> str:
-    """A score as a person reads it: 0..1 in percent without decimals, PSNR in dB. 99.7 is 99, never 100."""
+    """A score as a person reads it: 0..1 in percent without decimals, PSNR in dB, distances as they are.
+
+    99.7 is 99, never 100.
+    """
     if value is None or not math.isfinite(value):
         return "–"
     if metric == "psnr":
         return f"{value:.1f}"
+    if metric in _grade.LOWER:
+        return f"{value:.2g}".replace("e-0", "e-")
     hundredfold = 100.0 * value
     if 0.0 < hundredfold < 1.0:
         return "<1"
@@ -153,10 +171,7 @@ def seen(select: Mapping[str, Any]) -> str:
             what = "whole layers"
     else:
         what = selection(select)
-    if (
-        what in ("the embedding table", "the pooler", "the head", "the whole encoder", "the whole model")
-        or what == "all"
-    ):
+    if what in [COMPONENTS[name] for name in _OUTSIDE] or what == "all":
         return "the whole model" if what == "all" and where is None else what
     return f"{what} of layer {layers(where)}" if single else f"{what} of layers {layers(where)}" if where else what
 

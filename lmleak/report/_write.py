@@ -22,6 +22,7 @@ from lmleak.report import (
     _chart,
     _controls,
     _diff,
+    _grade,
     _headline,
     _heat,
     _lines,
@@ -98,11 +99,11 @@ def page(runs: Sequence[Run]) -> str:
     metrics = _study.metrics(cells)
     main = metrics[0] if metrics else None
     moving = _study.varying(cells)
-    usual: tuple[str, ...] = ("exact_match", "rouge1", "rouge2", "token_accuracy", "ssim", "psnr")
+    usual: tuple[str, ...] = ("exact_match", "rouge1", "rouge2", "token_accuracy", "ssim", "psnr", "label_accuracy")
     shown = [*([m for m in usual if m in metrics] or metrics[:3] or usual[:1]), _heat.SECONDS]
     charted = next((m for m in ("rougeL", "rouge1", *metrics) if m in metrics), None)
     several = len({p.seed for p in cells}) > 1
-    leaks = main is not None and any((p.score(main) or {"mean": 0})["mean"] > 0 for p in cells)
+    leaks = main is not None and any(_grade.recovered(main, p.mean(main)) for p in cells if p.score(main))
     return _template().render(
         leaks=leaks,
         runs=runs,
@@ -185,6 +186,7 @@ def _facts(runs: Sequence[Run], cells: Sequence[Place]) -> list[tuple[str, str]]
     facts = [
         ("Model", common("model", "kind", "weights")),
         ("Task", common("model", "task")),
+        ("Client's mode", common("model", "mode")),
         ("Data", common("data", "kind", "path", "id", "split")),
         ("Batch size", common("data", "batch_size")),
         ("Attack", ", ".join(dict.fromkeys(p.attack for p in cells))[:200]),
@@ -203,7 +205,7 @@ def _examples(
 
     def level(place: Place) -> float:
         score = place.score(metric) if metric else None
-        return score["mean"] if score else -1.0
+        return _grade.worth(metric or "", score["mean"]) if score else -1.0
 
     found = []
     for place in sorted(cells, key=level, reverse=True):
@@ -216,7 +218,9 @@ def _examples(
             continue  # what is not an answer is not shown as one
         picks = [
             (what, batch, _words.percent(scores[batch], metric or ""), _pairs(place, stored[batch]))
-            for what, batch in _diff.worth_showing(scores)
+            for what, batch in _diff.worth_showing(
+                {b: None if v is None else _grade.worth(metric or "", v) for b, v in scores.items()}
+            )
         ]
         found.append((place, [pick for pick in picks if pick[3]]))
         if len(found) == EXAMPLE_CELLS:
