@@ -12,10 +12,11 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from lmleak.config.schema import ROOM_OF, Grants, Problem, Select, block, check, short, unknown
 from lmleak.config.source import Key, Source, dotted, dump
+from lmleak.config.train import read_train
 from lmleak.errors import LmleakError, did_you_mean
 
 BLOCKS = ("model", "data", "defense", "attack")
-CELL_FIELDS = ("model", "data", "select", "defense", "attack", "metrics", "measures", "knowledge", "seed")
+CELL_FIELDS = ("model", "train", "data", "select", "defense", "attack", "metrics", "measures", "knowledge", "seed")
 FIELDS = (*CELL_FIELDS, "sweep", "controls", "utility", "name")
 #: what a study can be measured against; `lmleak.runs.controls` does them
 CONTROLS = ("wrong_update", "no_gradient", "replay")
@@ -29,6 +30,7 @@ class Recipe(BaseModel):
 
     name: str
     model: dict[str, Any]
+    train: dict[str, Any] | None = None  #: what the model is trained on first
     data: dict[str, Any]
     select: dict[str, Any]
     defense: dict[str, Any]
@@ -46,9 +48,11 @@ class Recipe(BaseModel):
     @property
     def id(self) -> str:
         """12 hex digits that change whenever anything that can change a result does. The name is not such a thing."""
-        return digest(
-            self.model_dump(exclude={"name", "utility"} if self.controls else {"name", "utility", "controls"})
-        )
+        return digest(self._said({"name", "utility"} | (set() if self.controls else {"controls"})))
+
+    def _said(self, left_out: set[str]) -> dict[str, Any]:
+        """Its fields; one that a recipe may lack is not among them where it does."""
+        return self.model_dump(exclude=left_out | (set() if self.train else {"train"}))
 
     def place(self, *key: str | int) -> str:
         """Where a key stands: `path:line:col`, or the override that set it."""
@@ -85,7 +89,7 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
-        fields = self.model_dump(exclude={"sweep"} if self.utility else {"sweep", "utility"})
+        fields = self._said({"sweep"} if self.utility else {"sweep", "utility"})
         if self.sweep:
             fields["sweep"] = self.sweep[0] if len(self.sweep) == 1 else self.sweep
         return dump(fields)
@@ -149,6 +153,9 @@ def resolve(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
             problems.append(Problem((name,), f"should be a mapping, not {short(data[name])}"))
             continue
         out[name], found = check(schema, data[name], (name,))
+        problems += found
+    if data.get("train") is not None:
+        out["train"], found = read_train(data["train"])
         problems += found
     for name in ("metrics", "measures"):
         out[name], found = _several(name, data[name])

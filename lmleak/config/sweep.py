@@ -37,7 +37,7 @@ def cells(recipe: Recipe) -> tuple[Cell, ...]:
     Raises:
         RecipeError: a point of the sweep is not a valid recipe; all faults of all points.
     """
-    base = recipe.model_dump(exclude={"sweep", "name", "controls", "utility"})
+    base = recipe._said({"sweep", "name", "controls", "utility"})
     axes = list(dict.fromkeys(axis for product in recipe.sweep for axis in product))
     out: dict[str, Cell] = {}
     problems: dict[str, None] = {}

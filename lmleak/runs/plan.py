@@ -19,12 +19,17 @@ class Unit(NamedTuple):
 
 def model_key(cell: Cell) -> str:
     """Equal for cells that load the same model."""
-    return json.dumps([cell.recipe.model, cell.recipe.seed], sort_keys=True)
+    return json.dumps(_model(cell), sort_keys=True)
+
+
+def _model(cell: Cell) -> list[Any]:
+    trained = [cell.recipe.train] if cell.recipe.train else []
+    return [cell.recipe.model, cell.recipe.seed, *trained]
 
 
 def data_key(cell: Cell) -> str:
     """Equal for cells that meet the same batches."""
-    return json.dumps([cell.recipe.model, cell.recipe.seed, cell.recipe.data], sort_keys=True)
+    return json.dumps([*_model(cell), cell.recipe.data], sort_keys=True)
 
 
 def selection_key(cell: Cell) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,8 @@ from lmleak.seeds import derive
 
 if TYPE_CHECKING:
     from lmleak.records import Batch, Observation, Reconstruction, Selection, Victim
+
+_log = logging.getLogger("lmleak")
 
 
 class Workbench:
@@ -59,9 +62,19 @@ class Workbench:
 
             self._victim = self._changed = None  # before the next one is loaded, or both are in memory
             victim = load_model(**cell.recipe.model, seed=cell.recipe.seed)
+            if cell.recipe.train and cell.recipe.train["epochs"]:
+                victim = self._trained(victim, cell)
             self._same("model", key, victim.weights)
             self._victim = key, victim
         return self._victim[1]
+
+    def _trained(self, victim: Victim, cell: Cell) -> Victim:
+        from lmleak.data import load_batches
+        from lmleak.utility import fitted
+
+        block, seed = cell.recipe.train or {}, cell.recipe.seed
+        data = {**block["data"], "batch_size": 1}
+        return fitted(victim, lambda: load_batches(victim, **data, seed=seed), block, seed, _log.info)
 
     def batches(self, cell: Cell) -> list[Batch]:
         """The cell's batches; those of the last two data blocks are kept.

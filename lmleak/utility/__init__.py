@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from lmleak.utility._fit import fitted
 from lmleak.utility._private import Ghost, trainable
 from lmleak.utility._score import mcc, score
 from lmleak.utility._train import Plan, fine_tune
 
-__all__ = ["Ghost", "Plan", "fine_tune", "mcc", "score", "trainable"]
+__all__ = ["Ghost", "Plan", "fine_tune", "fitted", "mcc", "score", "trainable"]

@@ -21,14 +21,21 @@ def parts(records: Sequence[Batch], size: int, victim: Victim) -> Iterator[Batch
 
 
 def together(records: Sequence[Batch], victim: Victim) -> Batch:
-    """One padded batch of batches of one record each, position ids given for each."""
+    """One batch of batches of one record each: texts padded, position ids given for each; images as they are."""
+    if "pixel_values" in records[0].inputs:
+        inputs = {name: torch.cat([r.inputs[name] for r in records]) for name in records[0].inputs}
+        return replace(records[0], inputs=inputs, labels=torch.cat([record.labels for record in records]))
     width = max(record.inputs["input_ids"].shape[1] for record in records)
     pad = {"input_ids": victim.processor.pad_token_id, "attention_mask": 0, "position_ids": 0}
     inputs = {
         name: torch.cat([F.pad(r.inputs[name], (0, width - r.inputs[name].shape[1]), value=pad[name]) for r in records])
         for name in records[0].inputs
     }
-    return replace(records[0], inputs=inputs, labels=torch.cat([record.labels for record in records]))
+    labels = [
+        r.labels if r.labels.dim() == 1 else F.pad(r.labels, (0, width - r.labels.shape[1]), value=-100)
+        for r in records
+    ]
+    return replace(records[0], inputs=inputs, labels=torch.cat(labels))
 
 
 @torch.no_grad()
