@@ -7,6 +7,7 @@ not granted. Starts that perturb the best sentence find it again; fresh ones, wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,8 @@ HEATS = 3  #: quick starts before the best sentence of all is ascended from in e
 SCAN = 12  #: sentences of every length in the first start, where lengths are not granted
 LENGTHS = 3  #: that are kept of them
 NEAR = 12  #: nearest words tried in place of a word
+SURE = 7.0  #: nats beyond the number of single changes by which a sentence that is settled leads every rival scored
+FIT = 2.0  #: standard deviations from what the truth would score
 EXACT = 1e-5  #: share of a clean gradient left by the sentence that it is of; float32 leaves 1e-7
 POOL = 64  #: words of the population tried anywhere
 LogPrior = Callable[[Sequence[tuple[int, ...]]], list[float]]
@@ -90,7 +93,7 @@ class Search:
             self.score([replace(start, label=label) for label in self.space.labels])
             if not self._explained(self.best):
                 self._ascend(self.best, limit)
-        while self.scorer.evaluations < limit and not (self.known and self._explained(self.best)):
+        while self.scorer.evaluations < limit and not (self.known and self._settled(self.best)):
             for _ in range(HEATS):
                 drawn = self.fresh(STARTS if self.likely else max(STARTS, SCAN * len(self.space.lengths)))
                 values = self.score(drawn)
@@ -101,6 +104,19 @@ class Search:
             self._ascend(self.best, limit)
             progress(self.best)
         return self.best
+
+    def _settled(self, candidate: Candidate) -> bool:
+        """Whether nothing is left to find: it explains the release, or no change of it comes near."""
+        if self._explained(candidate):
+            return True
+        # Of several sentences, one that stands in for another fits as well.
+        if candidate not in self.local or not self.scorer.noise or self.prior is not None or self.scorer.batch > 1:
+            return False
+        product, square = (float(part) for part in self.scorer.measures([candidate]))
+        if abs(product - square) > FIT * self.scorer.noise * square**0.5:
+            return False  # it misses something of the release that the truth would have
+        rival = max((value for other, value in self.known.items() if other != candidate), default=-math.inf)
+        return self.known[candidate] - rival > math.log(len(self.space.words) * len(candidate.tokens)) + SURE
 
     def _explained(self, candidate: Candidate) -> bool:
         """Whether it leaves so little of the gradient, or so little of the truth's score, that no other can be it."""
