@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lmleak.config import load_recipe
 from lmleak.errors import RunError
+from lmleak.report import compare
 from lmleak.runs import load_results, rescore, run
 from lmleak.runs.results import read_reconstructions, read_results
 
@@ -82,3 +84,18 @@ def test_the_same_command_again_does_nothing(folder):
     lines = read_results(folder)
     run(RECIPE, run_dir=folder, quiet=True)
     assert read_results(folder) == lines
+
+
+def test_one_recipe_asks_of_sentences_and_of_pictures(tmp_path):
+    """`model` and `data` are all that differs; both are answered."""
+    text = load_recipe("first_block", ["data.limit=1", "model.device=cpu"])
+    image = load_recipe("first_block", [f"model={json.dumps(RECIPE['model'])}", "data={kind: photos, limit: 1}"])
+    same = [{k: v for k, v in r.model_dump().items() if k not in ("model", "data")} for r in (text, image)]
+    assert same[0] == same[1]
+    for recipe, metric, other in ((text, "exact_match", "psnr"), (image, "psnr", "exact_match")):
+        place = tmp_path / metric
+        assert run(recipe, run_dir=place, quiet=True).failed == 0
+        scores = [line["scores"] for line in read_results(place) if line["status"] == "ok"]
+        assert len(scores) >= 2
+        assert all(s[metric] >= 1 and s[other] is None for s in scores)
+        assert compare([place])[0]["scores"][metric]["mean"] >= 1
