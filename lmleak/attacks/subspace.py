@@ -3,7 +3,7 @@
 The weight gradient of any linear module spans the inputs of that module, and in an encoder these follow from the whole
 sentence. A relaxation over the vocabulary proposes sentences, discrete descent finishes them, and the gradient's own
 spectrum says whether the sentence found is the one. Petrov et al. 2024 (2405.15586) test this row space at layers 0 and
-1; one matrix is enough here. The rank shows the length; no label is needed.
+1; one matrix is enough here. The rank shows the length; no label is needed. Pictures: `_subspace_pixels.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lmleak.attacks._replay import replay
 from lmleak.attacks._rowspace import dropped_out, known_input, weights
 from lmleak.attacks._subspace_batch import batch
 from lmleak.attacks._subspace_first import first_layer
+from lmleak.attacks._subspace_pixels import attack_pixels, reads_pixels
 from lmleak.attacks._subspace_sentence import Landscape, SentenceSearch, landscape, vocabulary
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
 from lmleak.records import Entry, Knowledge, Observation, Reconstruction, Victim
@@ -33,6 +34,7 @@ Number = Annotated[float, Field(gt=0)]
 
 __all__ = ["COMPONENTS", "EXAMPLE", "Config", "attack", "reads", "replay"]
 
+IMAGES = True  #: reads pictures too, see `_subspace_pixels`
 COMPONENTS = ("attn_query", "attn_key", "attn_value", "attn_output", "ffn_in", "ffn_out")
 EXAMPLE = {
     "fields": {"budget": 3000},
@@ -68,6 +70,9 @@ def attack(
     One from any module; several from any module too, and fastest from layer 0. Gradients that noise or rounding has
     touched are read one sentence at a time, by what the sentence leaves unexplained.
     """
+    if victim.task == "image-classification":
+        effort = config.budget, config.restarts
+        return attack_pixels(observation, victim, COMPONENTS, *effort, generator, progress)
     if getattr(victim.family, "CAUSAL", True):
         return refuse("not_applicable", "the model is causal: prefix reads it token by token, and faster")
     if dropped_out(victim, observation):
@@ -106,6 +111,8 @@ def attack(
 
 def reads(reading: Reading, victim: Victim, observation: Observation) -> bool:
     """Whether one observed module of an encoder is enough: one that shows its inputs, or rises above its noise."""
+    if victim.task == "image-classification":
+        return reading.status == "ok" and reads_pixels(victim, observation, reading.entries[0], COMPONENTS)
     return reading.status == "ok" and reading.rows != "table" and not getattr(victim.family, "CAUSAL", True)
 
 
