@@ -72,8 +72,13 @@ class SentenceSearch:
         first = len(frame.first)
         self.search = Search(landscape.fine, self.words, first, first + self.free, RIDGE, config.shortlist)
 
-    def run(self, details: dict, start: tuple[int, ...] | None = None) -> Reconstruction:
-        """Rounds until the sentence is found or the budget spent; the first begins at `start` where there is one."""
+    def run(self, details: dict, start: tuple[int, ...] | None = None, pool: Tensor | None = None) -> Reconstruction:
+        """Rounds until the sentence is found or the budget spent.
+
+        Args:
+            start: what the first descent begins at, where something is known.
+            pool: [free, m] tokens that may stand at its free places instead.
+        """
         config = self.config
         ridge = config.ridge * self.ridge
         schedule = Schedule(config.steps, config.restarts, config.rate, ridge, 0.1 * ridge)
@@ -82,13 +87,14 @@ class SentenceSearch:
         rounds, verdict = 0, float("inf")
         if start is not None:
             seen = torch.tensor(start, device=self.words.device)[len(self.frame.first) :][: self.free, None]
+            seen = seen if pool is None else torch.cat([seen, pool], 1)
             end = self.search.descend(start, seen, config.budget // 2)
             best, verdict = (self.search.scores[end], end), self.energy.verdict(torch.tensor(end, device=seen.device))
         while verdict >= 1 and (not rounds or self.energy.evaluations < config.budget):
             hint, trust = self._trust(best[1]) if best else (None, None)
             fresh = seen is None or rounds % FRESH == 0
             words = self.words if seen is None or fresh else seen.unique()
-            pool = relax(
+            relaxed = relax(
                 self.coarse,
                 self.frame,
                 self.free,
@@ -99,9 +105,9 @@ class SentenceSearch:
                 hint,
                 trust,
             )
-            tokens = pool.best(4 * config.restarts)
+            tokens = relaxed.best(4 * config.restarts)
             seen = tokens if seen is None else torch.cat([seen, tokens], 1)
-            for start in self._starts(pool, best):
+            for start in self._starts(relaxed, best):
                 end = self.search.descend(start, seen, config.budget)
                 value = self.search.scores[end]
                 if best is None or value < best[0]:

@@ -25,7 +25,9 @@ from lmleak.attacks._rowspace import dropped_out, known_input, weights
 from lmleak.attacks._subspace_batch import batch
 from lmleak.attacks._subspace_first import first_layer
 from lmleak.attacks._subspace_pixels import attack_pixels, reads_pixels
+from lmleak.attacks._subspace_rows import hidden
 from lmleak.attacks._subspace_sentence import Landscape, SentenceSearch, landscape, vocabulary
+from lmleak.attacks._subspace_words import guess
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
 from lmleak.records import Entry, Knowledge, Observation, Reconstruction, Victim
 
@@ -106,7 +108,18 @@ def attack(
         read = _by_heads(victim, energy, first, frame, length, details)
         if read is not None:
             return read
-        return SentenceSearch(config, landscape(energy, known), victim, frame, length, generator, progress).run(details)
+        search = SentenceSearch(config, landscape(energy, known), victim, frame, length, generator, progress)
+        top = whole[0].entry
+        # Above, the search alone takes 1 to 3 s.
+        block = hidden(victim, energy) if top.component == "ffn_out" and (top.layer or 0) >= 2 else None
+        if block is None:
+            return search.run(details)
+        told = guess(block, energy, frame, length - frame.size, search.words, generator, config.budget)
+        details["rows"] = told.rows
+        if told.verdict < 1:
+            details |= {"verdict": told.verdict, "evaluations": energy.evaluations, "length": length}
+            return sentence(victim, [told.tokens], [1.0 - 0.5 * max(0.0, told.verdict)], details)
+        return search.run(details, told.tokens, told.pool)
 
 
 def reads(reading: Reading, victim: Victim, observation: Observation) -> bool:
