@@ -104,10 +104,13 @@ def equations(layer: PatchLayer, form: Any, gradient: Tensor, *, differences: bo
     _, values, right = torch.linalg.svd(scaled / columns, full_matrices=True)
     rank = min(len(layer.offset) + len(layer.first) - differences, len(values) - 1)
     outside = right[rank:] / columns
-    weighed = outside * layer.weight.double()
-    weighed = weighed - weighed.mean(1, keepdim=True)  # the centring, moved to the other side
     known = layer.known()[0]
     origin = known if differences else torch.zeros_like(known)
+    weighed, stretch, wanted = outside, outside[:, 0] * 0, (origin - offset) @ outside.T
+    if layer.weight is not None and layer.bias is not None:
+        weighed = outside * layer.weight.double()
+        weighed = weighed - weighed.mean(1, keepdim=True)  # the centring, moved to the other side
+        stretch, wanted = outside @ (layer.bias.double() - origin), -(offset @ weighed.T)
     behind = values[rank:].square().sum() / max(1, (rows - rank) * (d - rank))
     return Equations(
         spectrum=values[: rank + 1],
@@ -115,8 +118,8 @@ def equations(layer: PatchLayer, form: Any, gradient: Tensor, *, differences: bo
         edge=float(behind.sqrt()) * (math.sqrt(rows) + math.sqrt(d)),
         inside=right[:rank] / columns,
         pixels=weighed @ projection,
-        stretch=outside @ (layer.bias.double() - origin),
-        wanted=-(offset @ weighed.T),
+        stretch=stretch,
+        wanted=wanted,
         origin=origin,
         projection=projection,
         offset=offset,
@@ -177,6 +180,8 @@ def solve(layer: PatchLayer, form: Any, known: Equations) -> tuple[Tensor, float
 def _inputs(layer: PatchLayer, known: Equations, picture: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs [n, d] of a picture in [0, 1], less the origin, and the divisors [n] of their norms."""
     z = layer.cut(picture)[0] @ known.projection.T + known.offset
+    if layer.weight is None or layer.bias is None:
+        return z - known.origin, torch.ones_like(z[:, 0])
     z = z - z.mean(1, keepdim=True)
     t = (z.square().mean(1) + layer.eps).sqrt()
     return layer.weight.double() * z / t[:, None] + layer.bias.double() - known.origin, t

@@ -18,8 +18,8 @@ class PatchLayer:
     projection: Tensor  #: [d, p]
     offset: Tensor  #: [n, d] position plus the projection's bias
     first: Tensor  #: [m, d] special rows ([CLS], a distillation token) with their positions, before the norm
-    weight: Tensor  #: [d] scale of the norm
-    bias: Tensor  #: [d] shift of the norm
+    weight: Tensor | None  #: [d] scale of the norm; None: there is no norm
+    bias: Tensor | None  #: [d] shift of the norm
     eps: float
     patch: tuple[int, int, int]  #: channels, rows and columns of a patch
 
@@ -32,6 +32,8 @@ class PatchLayer:
         return self._norm(self.first.to(dtype), dtype)
 
     def _norm(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.weight is None or self.bias is None:
+            return x
         return torch.nn.functional.layer_norm(x, x.shape[-1:], self.weight.to(dtype), self.bias.to(dtype), self.eps)
 
     def cut(self, pixels: Tensor) -> Tensor:

@@ -50,13 +50,40 @@ class Config(Common):
     attn_implementation: Literal["eager", "sdpa"] = Field(
         "eager", description="only eager has the double backward that gradient matching needs"
     )
+    first_attention: Literal["standard", "direct"] = Field(
+        "standard",
+        description="direct: block 0's attention reads the embedding itself, no norm before it and no skip around it",
+    )
 
 
 def load(config: Config, seed: int) -> Victim:
     """See `lmleak.models.load_model`."""
+    from dataclasses import replace
+
     from lmleak.models._images import load as load_any
 
-    return load_any(config, seed, sys.modules[__name__], "vit")
+    victim = load_any(config, seed, sys.modules[__name__], "vit")
+    if config.first_attention == "standard":
+        return victim
+    _direct(_blocks(victim.module)[0])
+    return replace(victim, weights=f"{victim.weights}, block 0 without norm and skip")
+
+
+def _blocks(module: Any) -> Any:
+    body = module.base_model
+    return body.layers if hasattr(body, "layers") else body.encoder.layer
+
+
+def _direct(block: Any) -> None:
+    """The first encoder of APRIL's closed form (Lu et al. 2021, arXiv 2112.14087)."""
+    import torch
+
+    def without_skip(_: Any, args: tuple, out: Any) -> Any:
+        # The block adds what attention read; autograd sees the two cancel exactly.
+        return (out[0] - args[0], *out[1:]) if isinstance(out, tuple) else out - args[0]
+
+    block.layernorm_before = torch.nn.Identity()
+    block.attention.register_forward_hook(without_skip)
 
 
 def patch_layer(module: Any) -> PatchLayer:
@@ -70,15 +97,15 @@ def patch_layer(module: Any) -> PatchLayer:
     special = [getattr(table, name).detach()[0] for name in ("cls_token", "distillation_token") if hasattr(table, name)]
     first = torch.cat(special)
     position = table.position_embeddings.detach()[0]
-    body = module.base_model
-    norm = (body.layers if hasattr(body, "layers") else body.encoder.layer)[0].layernorm_before
+    norm = _blocks(module)[0].layernorm_before
+    direct = isinstance(norm, torch.nn.Identity)
     rows, columns = projection.kernel_size
     return PatchLayer(
         projection=projection.weight.detach().flatten(1),
         offset=position[len(first) :] + projection.bias.detach(),
         first=first + position[: len(first)],
-        weight=norm.weight.detach(),
-        bias=norm.bias.detach(),
-        eps=norm.eps,
+        weight=None if direct else norm.weight.detach(),
+        bias=None if direct else norm.bias.detach(),
+        eps=0.0 if direct else norm.eps,
         patch=(projection.in_channels, rows, columns),
     )
