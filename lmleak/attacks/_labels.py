@@ -8,23 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lmleak.attacks._labels_solve import memory, solve
 from lmleak.attacks._objective import frozen
 from lmleak.attacks._rowspace import matrix
 from lmleak.attacks._text import refuse
 from lmleak.gradients.losses import forward
 from lmleak.records import Knowledge, Observation, Reconstruction, Victim
 
-Strategy = Literal["best", "minimum", "bias", "expected"]
+Strategy = Literal["best", "minimum", "bias", "expected", "solve"]
 
 #: Most of the gradient's energy that may lie in the sum of its rows, which is zero without noise and 1 in noise alone.
 NOISE = 0.5
 ROUNDING = 1e-4  #: of a sum over a batch, in samples
 TOKENS = 16  #: of a random text
+#: Rest of a solution, over the gradient, above which it is none: noise, or samples that rounding has joined.
+REST = 0.05
+MOST = 2**27  #: values that a search may hold at once, 1 GB
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,9 @@ class Head:
 
     weight: Tensor | None  #: [classes, d] float64
     bias: Tensor | None  #: [classes] float64
-    module: nn.Module
+    module: Any  #: the layer
     batch: int
+    rounding: float = 2.4e-7  #: of the observed values, over their size
 
     @property
     def counted(self) -> Tensor:
@@ -60,7 +65,9 @@ def recover_labels(
             arXiv 2104.07586), which never repeats a label and needs inputs that are not negative; `bias`: counts from
             the bias's gradient, where a class that is pulled down is there, and each further sample takes the mean pull
             away (Wainakh et al., 2022, arXiv 2105.09369); `expected`: counts from the bias's gradient and the mean
-            probabilities of the model on random inputs; `best`: what this file knows best.
+            probabilities of the model on random inputs; `solve`: the labels with which inputs exist that make the
+            gradient, see `_labels_solve`, of fewer samples than classes; `best`: `solve` where that finds an answer,
+            else `expected`.
         knowledge: granted labels are returned as they are.
 
     Returns:
@@ -75,7 +82,8 @@ def recover_labels(
         "minimum": lambda: _minimum(head),
         "bias": lambda: _bias(head),
         "expected": lambda: _expected(head, victim),
-        "best": lambda: _expected(head, victim),
+        "solve": lambda: _solved(head, victim),
+        "best": lambda: _best(head, victim),
     }
     found = rules[strategy]()
     return refuse("not_applicable", found) if isinstance(found, str) else tuple(sorted(found.tolist()))
@@ -91,8 +99,10 @@ def read_head(observation: Observation, victim: Victim) -> Head | Reconstruction
     module, size = victim.module.get_submodule(name), observation.batch_size
     scale = size if observation.reduction == "mean" else 1
     parts: dict[bool, Tensor] = {}
+    rounding = 0.0
     for entry in observation.entries:
         if entry.module == name and entry.part is None:
+            rounding = max(rounding, 2 * torch.finfo(observation.gradients[entry.name].dtype).eps)
             gradient = observation.gradients[entry.name].double() * scale
             parts[gradient.dim() == 1] = gradient if gradient.dim() == 1 else matrix(victim.module, entry, gradient)
     if not parts:
@@ -104,7 +114,7 @@ def read_head(observation: Observation, victim: Victim) -> Head | Reconstruction
     share = float(rows.sum(0).square().sum() / rows.square().sum())
     if share > NOISE:
         return refuse("no_signal", f"the rows of '{name}' do not cancel (share of their sum {share:.2g}): noise")
-    return Head(parts.get(False), parts.get(True), module, size)
+    return Head(parts.get(False), parts.get(True), module, size, rounding)
 
 
 def last_layer(victim: Victim) -> str | None:
@@ -125,7 +135,7 @@ def _minimum(head: Head) -> Tensor | str:
     return lowest.topk(head.batch, largest=False).indices
 
 
-def _bias(head: Head) -> Tensor | str:
+def _bias(head: Head) -> Tensor:
     left = head.counted.clone()
     there = (left < 0).nonzero().flatten()
     there = there[left[there].argsort()][: head.batch]
@@ -141,8 +151,40 @@ def _bias(head: Head) -> Tensor | str:
 def _expected(head: Head, victim: Victim) -> Tensor:
     """The counts nearest to what the gradient leaves of the probabilities that the model is expected to give."""
     inputs, probabilities = guess(victim)
-    pull = head.counted if head.bias is not None else head.counted / inputs.sum(1).mean()
-    return nearest(head.batch * probabilities.mean(0) - pull, -pull, head.batch)
+    share = probabilities.mean(0).to(head.counted) * head.batch
+    if head.bias is not None:
+        return nearest(share - head.bias, -head.bias, head.batch)
+    # How large an input's sum is depends on the data: the size at which counts are nearest to whole numbers.
+    sizes = inputs.sum(1).abs().mean() * torch.logspace(-1, 1, 400, dtype=torch.float64, device=inputs.device)
+    tried = [(share - head.counted / size, -head.counted / size) for size in sizes]
+    found = [nearest(wanted, least, head.batch) for wanted, least in tried]
+    counts = [torch.bincount(labels, minlength=len(share)) for labels in found]
+    misses = [float((wanted - own).square().sum()) for (wanted, _), own in zip(tried, counts, strict=True)]
+    return found[misses.index(min(misses))]
+
+
+def _solved(head: Head, victim: Victim) -> Tensor | str:
+    if head.weight is None or head.bias is None:
+        return "this strategy reads the last layer's weight and bias, which are not both observed"
+    if head.batch >= len(head.bias):
+        return f"this strategy needs fewer samples than classes, and {head.batch} share {len(head.bias)}"
+    if memory(head.batch, len(head.bias)) > MOST:
+        return f"this strategy would take too much memory for {head.batch} samples of {len(head.bias)} classes"
+    weight, bias = (parameter.detach().double() for parameter in (head.module.weight, head.module.bias))
+    gradient, hints = torch.cat([head.weight, head.bias[:, None]], 1), [_bias(head), _expected(head, victim)]
+    found, rest = solve(gradient, weight, bias, head.batch, head.rounding, hints)
+    if rest > REST:
+        return f"no inputs make this gradient (they leave {rest:.2g} of it): noise, or a batch that was not found"
+    if len(found) == head.batch:
+        return found
+    # Samples whose slopes drown in the others' rounding: theirs are whatever the model says most often.
+    counts = torch.bincount(found, minlength=len(head.bias)).double()
+    return nearest(counts + (head.batch - len(found)) * guess(victim)[1].mean(0).to(counts), counts, head.batch)
+
+
+def _best(head: Head, victim: Victim) -> Tensor:
+    found = _solved(head, victim) if head.batch > 1 else ""
+    return _expected(head, victim) if isinstance(found, str) else found
 
 
 def nearest(wanted: Tensor, least: Tensor, total: int) -> Tensor:
