@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lmleak import attack, load_batches, load_model, observe, select
-from lmleak.attacks._energy import Energy, site
+from lmleak.attacks._energy import Energy, of_tokens, site
 from lmleak.attacks._subspace_relax import Schedule, framed, relax
 from lmleak.attacks._subspace_sentence import RIDGE, vocabulary
 from lmleak.attacks._text import special_frame
@@ -171,10 +171,10 @@ def pieces(curve: str, at: dict[str, float], seed: int, victim: Victim, counted:
         relax(energy, frame, free, words, schedule, draw_from, lambda _: False)
 
     with energy.attached():
-        energy.of_tokens(rows[:8], RIDGE)  # first calls pay for what later ones find ready
+        of_tokens(energy, rows[:8], RIDGE)  # first calls pay for what later ones find ready
         start = time.process_time()
         if curve == "subspace candidate":
-            energy.of_tokens(rows, RIDGE)
+            of_tokens(energy, rows, RIDGE)
             return {"cpu_s": (time.process_time() - start) / len(rows)}
         step()
         line = {"cpu_s": (time.process_time() - start) / steps}

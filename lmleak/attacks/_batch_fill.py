@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lmleak.attacks._batch_energy import Deflated
+from lmleak.attacks._energy import of_tokens
 from lmleak.attacks._subspace_relax import Schedule, relax
 from lmleak.attacks._text import Frame
 
@@ -39,7 +40,7 @@ class Fill:
         new = [s for s in dict.fromkeys(sentences) if s not in self.scores]
         if new:
             ids = torch.tensor(new, device=self.energy.table.device)
-            self.scores.update(zip(new, self.energy.of_tokens(ids, self.ridge).tolist(), strict=True))
+            self.scores.update(zip(new, of_tokens(self.energy, ids, self.ridge).tolist(), strict=True))
         return [self.scores[s] for s in sentences]
 
     def forget(self) -> None:

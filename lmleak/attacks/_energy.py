@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +56,49 @@ def site(victim: Victim, observation: Observation, entry: Entry) -> Site:
     return Site(entry, space, space.basis.float(), entry.component == "attn_key")
 
 
+@dataclass
+class Tally:
+    """Of the sentences sent through the model: one for all scorers of an attack."""
+
+    sentences: int = 0
+
+
+class Scorer(Protocol):
+    """What is low for the true sentence."""
+
+    table: Tensor  #: [v, width] word embeddings
+    tally: Tally
+
+    def __call__(self, embeds: Tensor, ridge: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Energy [k] of embeddings [k, n, width] and a part of it by position [k, n]; ridge is one number or [k]."""
+        ...
+
+
+class Judge(Scorer, Protocol):
+    """A scorer that knows when the sentence is found."""
+
+    def verdict(self, tokens: Tensor) -> float:
+        """Below 1 where the sentence [n] is the answer."""
+        ...
+
+
+@torch.no_grad()
+def of_tokens(energy: Scorer, sentences: Tensor, ridge: float) -> Tensor:
+    """Energy [k] of token sequences [k, n]."""
+    return torch.cat([energy(energy.table[part], ridge)[0] for part in sentences.split(CHUNK)])
+
+
+def slope(energy: Scorer, embeds: Tensor, ridge: float | Tensor) -> Tensor:
+    """Gradient of the energies by the embeddings [k, n, width]."""
+    embeds = embeds.detach().requires_grad_(True)
+    with torch.enable_grad():
+        (out,) = torch.autograd.grad(energy(embeds, ridge)[0].sum(), embeds)
+    energy.tally.sentences += 2 * len(embeds)  # a backward pass costs about two forward ones
+    return out
+
+
 class Energy:
-    """The energy of sentences given as embeddings; counts the sentences it was asked for in `evaluations`.
+    """The energy of sentences given as embeddings.
 
     Sums over modules residual = sum_i |x_i outside the space|^2 / |x_i|^2 and uncovered = r - tr(P^T (X X^T + ridge)^-1
     P), X unit rows, P their coordinates in the space. Both are zero for the true sentence; the second keeps two
@@ -69,8 +111,13 @@ class Energy:
         self.table = victim.module.get_input_embeddings().weight.detach()
         first = getattr(victim.family, "first_position", None)
         self.offset = first(victim.module) if first else 0
-        self.evaluations = 0
+        self.tally = Tally()
         self._seen: dict[nn.Module, Tensor] = {}
+
+    @property
+    def evaluations(self) -> int:
+        """Sentences sent through the model so far."""
+        return self.tally.sentences
 
     @contextmanager
     def attached(self) -> Iterator[Energy]:
@@ -112,7 +159,7 @@ class Energy:
 
     def forward(self, embeds: Tensor) -> None:
         """Runs the model on word embeddings [k, n, width], for hooks to see; `Reached` passes through."""
-        self.evaluations += len(embeds)
+        self.tally.sentences += len(embeds)
         places = torch.arange(embeds.shape[1], device=embeds.device) + self.offset
         # DistilBERT adds its positions by itself and takes no argument for them.
         given = {} if self.victim.kind == "distilbert" else {"position_ids": places.expand(len(embeds), -1)}
@@ -132,11 +179,6 @@ class Energy:
             residuals = residuals + outside
             total = total + outside.sum(1) + one.space.rank - covered
         return total, residuals
-
-    @torch.no_grad()
-    def of_tokens(self, sentences: Tensor, ridge: float) -> Tensor:
-        """Energy [k] of token sequences [k, n]."""
-        return torch.cat([self(self.table[part], ridge)[0] for part in sentences.split(CHUNK)])
 
     @torch.no_grad()
     def verdict(self, tokens: Tensor) -> float:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lmleak.attacks._energy import CHUNK, Energy, Reached
+from lmleak.attacks._energy import Energy, Reached
 from lmleak.attacks._rowspace import GAP, matrix
 from lmleak.models._input import InputLayer
 from lmleak.records import Entry, Observation, Victim
@@ -99,16 +99,7 @@ class HeadEnergy:
 
     def __init__(self, energy: Energy, found: list[Heads], contexts: bool):
         self.inner, self.found, self.contexts = energy, found, contexts
-        self.table = energy.table
-
-    @property
-    def evaluations(self) -> int:
-        """Of `energy`: one count for all."""
-        return self.inner.evaluations
-
-    @evaluations.setter
-    def evaluations(self, count: int) -> None:
-        self.inner.evaluations = count
+        self.table, self.tally = energy.table, energy.tally
 
     def __call__(self, embeds: Tensor, ridge: float | Tensor) -> tuple[Tensor, Tensor]:
         """Energy [k] and its residual part by position [k, n], as `Energy`."""
@@ -134,8 +125,3 @@ class HeadEnergy:
             more, outside = one.energy(values[one.value], ridge)
             total, residuals = total + more, residuals + outside
         return total, residuals
-
-    @torch.no_grad()
-    def of_tokens(self, sentences: Tensor, ridge: float) -> Tensor:
-        """Energy [k] of token sequences [k, n]."""
-        return torch.cat([self(self.table[part], ridge)[0] for part in sentences.split(CHUNK)])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmleak.attacks._energy import CHUNK, Energy, Site
+from lmleak.attacks._energy import Energy, Site, of_tokens
 from lmleak.attacks._evidence import noise_level
 from lmleak.attacks._rowspace import RowSpace, matrix
 from lmleak.models._input import InputLayer
@@ -90,16 +90,8 @@ class Likelihood:
     """
 
     def __init__(self, energy: Energy, parts: Sequence[Noised]):
-        self.inner, self.parts, self.table = energy, tuple(parts), energy.table
-
-    @property
-    def evaluations(self) -> int:
-        """Of `energy`: one count for all."""
-        return self.inner.evaluations
-
-    @evaluations.setter
-    def evaluations(self, count: int) -> None:
-        self.inner.evaluations = count
+        self.inner, self.parts = energy, tuple(parts)
+        self.table, self.tally = energy.table, energy.tally
 
     def __call__(self, embeds: Tensor, ridge: float | Tensor) -> tuple[Tensor, Tensor]:
         """Nats [k] that the sentences leave, over those of noise; and by position [k, n] what its absence would add."""
@@ -122,11 +114,6 @@ class Likelihood:
         return total, worth
 
     @torch.no_grad()
-    def of_tokens(self, sentences: Tensor, ridge: float) -> Tensor:
-        """Energy [k] of token sequences [k, n]."""
-        return torch.cat([self(self.table[part], ridge)[0] for part in sentences.split(CHUNK)])
-
-    @torch.no_grad()
     def verdict(self, tokens: Tensor) -> float:
         """How far a sentence [n] is from being the one: below 1 it explains the gradients and its neighbours do not.
 
@@ -146,7 +133,7 @@ class Likelihood:
         limit = SURE * spread**0.5
         if above >= limit:
             return above / limit
-        here, *others = self.of_tokens(torch.cat([tokens[None], self._neighbours(tokens)]), 1e-4).tolist()
+        here, *others = of_tokens(self, torch.cat([tokens[None], self._neighbours(tokens)]), 1e-4).tolist()
         chance = math.log(len(tokens) * len(self.table)) + SURE
         return max(above / limit, chance / max(min(others) - here, 1e-9))
 

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmleak.attacks._energy import Energy
-from lmleak.attacks._energy_heads import HeadEnergy
-from lmleak.attacks._energy_likelihood import Likelihood
+from lmleak.attacks._energy import Scorer, slope
 from lmleak.attacks._text import Frame
 
 
@@ -57,7 +55,7 @@ def framed(body: Tensor, frame: Frame) -> Tensor:
 
 
 def relax(
-    energy: Energy | HeadEnergy | Likelihood,
+    energy: Scorer,
     frame: Frame,
     free: int,
     words: Tensor,
@@ -101,14 +99,10 @@ def relax(
             words, logits = words[keep], logits[..., keep]
             part = table[words]
         soft = logits.softmax(-1) @ part
-        embeds = torch.cat([fixed[:, :start], soft, fixed[:, stop:]], 1).requires_grad_(True)
+        embeds = torch.cat([fixed[:, :start], soft, fixed[:, stop:]], 1)
         ridge = (ridges * (1 - 1.2 * step / schedule.steps)).clamp_min(schedule.floor)
-        with torch.enable_grad():
-            value = energy(embeds, ridge)[0].sum()
-            (slope,) = torch.autograd.grad(value, embeds)
-        energy.evaluations += 2 * k  # a backward pass costs about two forward ones
-        slope = torch.nn.functional.normalize(slope[:, start:stop], dim=-1) @ part.T
-        logits = logits - schedule.rate * slope / slope.std(-1, keepdim=True).clamp_min(1e-12)
+        steep = torch.nn.functional.normalize(slope(energy, embeds, ridge)[:, start:stop], dim=-1) @ part.T
+        logits = logits - schedule.rate * steep / steep.std(-1, keepdim=True).clamp_min(1e-12)
         if step % 5 == 4 and 2 * step > schedule.steps and done(Pool(words, logits).sentences(frame)):
             break
     return Pool(words, logits)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from lmleak.attacks._discrete import Search
-from lmleak.attacks._energy import Energy
+from lmleak.attacks._energy import Energy, Judge, Scorer
 from lmleak.attacks._energy_heads import HeadEnergy, Heads
-from lmleak.attacks._energy_likelihood import Likelihood
 from lmleak.attacks._subspace_relax import Pool, Schedule, relax
 from lmleak.attacks._text import Frame, sentence
 from lmleak.records import Reconstruction, Victim
@@ -20,6 +19,9 @@ from lmleak.records import Reconstruction, Victim
 FRESH = 2  #: every so many rounds start over the whole vocabulary, those between over the tokens met so far
 HEADS_RIDGE = 10.0  #: of heads' values, which repeat each other more than inputs do, over that of inputs
 RIDGE = 1e-4  #: of the discrete energy: above float32's rounding of X X^T, below what separates sentences
+
+
+Best = tuple[float, tuple[int, ...]]  #: an energy and its sentence
 
 
 class Effort(Protocol):
@@ -37,9 +39,9 @@ class Effort(Protocol):
 class Landscape:
     """What is descended on by distributions over tokens, and by changes of tokens, and what judges the end."""
 
-    coarse: Energy | HeadEnergy | Likelihood
-    fine: Energy | HeadEnergy | Likelihood
-    judge: Energy | Likelihood
+    coarse: Scorer
+    fine: Scorer
+    judge: Judge
     ridge: float = 1.0  #: factor on the relaxation's
 
 
@@ -82,15 +84,15 @@ class SentenceSearch:
         config = self.config
         ridge = config.ridge * self.ridge
         schedule = Schedule(config.steps, config.restarts, config.rate, ridge, 0.1 * ridge)
-        best: tuple[float, tuple[int, ...]] | None = None
+        best: Best | None = None
         seen: Tensor | None = None
         rounds, verdict = 0, float("inf")
         if start is not None:
             seen = torch.tensor(start, device=self.words.device)[len(self.frame.first) :][: self.free, None]
             seen = seen if pool is None else torch.cat([seen, pool], 1)
             end = self.search.descend(start, seen, config.budget // 2)
-            best, verdict = (self.search.scores[end], end), self.energy.verdict(torch.tensor(end, device=seen.device))
-        while verdict >= 1 and (not rounds or self.energy.evaluations < config.budget):
+            best, verdict = self._widened((self.search.scores[end], end), seen)
+        while verdict >= 1 and (not rounds or self.energy.tally.sentences < config.budget):
             hint, trust = self._trust(best[1]) if best else (None, None)
             fresh = seen is None or rounds % FRESH == 0
             words = self.words if seen is None or fresh else seen.unique()
@@ -111,13 +113,15 @@ class SentenceSearch:
                 end = self.search.descend(start, seen, config.budget)
                 value = self.search.scores[end]
                 if best is None or value < best[0]:
-                    best, verdict = (value, end), self.energy.verdict(torch.tensor(end, device=seen.device))
+                    best, verdict = (value, end), self._verdict(end)
                     self.progress(f"energy {value:.3f}: {self._text(end)}")
-                if verdict < 1 or self.energy.evaluations >= config.budget:
+                if verdict < 1 or self.energy.tally.sentences >= config.budget:
                     break
+            if verdict >= 1 and best is not None:
+                best, verdict = self._widened(best, seen)
             rounds += 1
         assert best is not None
-        found = {"energy": best[0], "verdict": verdict, "rounds": rounds, "evaluations": self.energy.evaluations}
+        found = {"energy": best[0], "verdict": verdict, "rounds": rounds, "evaluations": self.energy.tally.sentences}
         details = details | found | {"length": self.length}
         if verdict < 1:
             return sentence(self.victim, [best[1]], [1.0 - 0.5 * max(0.0, verdict)], details)
@@ -125,7 +129,20 @@ class SentenceSearch:
         confidence = [min(0.4, 0.5 / verdict)]
         return sentence(self.victim, [best[1]], confidence, details, status="budget_exhausted", reason=why)
 
-    def _starts(self, pool: Pool, best: tuple[float, tuple[int, ...]] | None) -> list[tuple[int, ...]]:
+    def _widened(
+        self, best: tuple[float, tuple[int, ...]], seen: Tensor
+    ) -> tuple[tuple[float, tuple[int, ...]], float]:
+        """The best so far after changes too many for every step, as long as they help, and the verdict on it."""
+        verdict = self._verdict(best[1])
+        while verdict >= 1 and best[1] not in self.search.wide and self.energy.tally.sentences < self.config.budget:
+            end = self.search.descend(self.search.widen(best[1]), seen, self.config.budget)
+            best, verdict = (self.search.scores[end], end), self._verdict(end)
+        return best, verdict
+
+    def _verdict(self, tokens: tuple[int, ...]) -> float:
+        return self.energy.verdict(torch.tensor(tokens, device=self.words.device))
+
+    def _starts(self, pool: Pool, best: Best | None) -> list[tuple[int, ...]]:
         """The two best of the restarts' likeliest sentences, and the best so far."""
         rows = list(dict.fromkeys(tuple(row) for row in pool.sentences(self.frame).tolist()))
         ranked = [row for _, row in sorted(zip(self.search.score(rows), rows, strict=True))]

@@ -10,7 +10,7 @@ import torch
 from lmleak import attack, load_batches, observe, select
 from lmleak.attacks._batch_energy import batch_site, batch_space
 from lmleak.attacks._batch_places import admitted
-from lmleak.attacks._energy import Energy, site
+from lmleak.attacks._energy import Energy, of_tokens, site
 from lmleak.attacks._energy_heads import HeadEnergy, heads
 from lmleak.attacks._energy_likelihood import Likelihood, noised
 from lmleak.attacks._text import special_frame
@@ -208,7 +208,7 @@ def test_likelihood_equals_the_plain_projection_and_knows_the_truth(minilm, comp
     energy = Energy(minilm, [one.site])
     hook = owner.register_forward_pre_hook(lambda module, args: caught.update(x=args[0]))
     with energy.attached(), torch.no_grad():
-        fast = Likelihood(energy, [one]).of_tokens(torch.stack([ids, changed]), 1e-4).double()
+        fast = of_tokens(Likelihood(energy, [one]), torch.stack([ids, changed]), 1e-4).double()
         for row in (ids, changed):
             energy.inputs(table[row][None])
             x = caught["x"][0].double()

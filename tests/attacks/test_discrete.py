@@ -1,0 +1,75 @@
+"""The discrete search of subspace, on a landscape whose minimum is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lmleak.attacks._discrete import WIDE, Search
+from lmleak.attacks._energy import Tally, of_tokens, slope
+
+WORDS = 700
+
+
+class Landscape:
+    """Distances of words from the true ones, no more than 1 each: a shifted word says nothing of where to."""
+
+    def __init__(self, truth: tuple[int, ...]):
+        draw = torch.Generator().manual_seed(0)
+        self.table = torch.nn.functional.normalize(torch.randn(WORDS, 32, generator=draw), dim=-1)
+        self.goal, self.tally = self.table[list(truth)], Tally()
+
+    def __call__(self, embeds, ridge):
+        self.tally.sentences += len(embeds)
+        far = (embeds - self.goal).square().sum(-1)
+        part = 1 - torch.exp(-far)
+        return part.sum(-1), part
+
+
+TRUTH = (0, 11, 600, 13, 14, 15, 16, 17, 1)
+
+
+@pytest.fixture
+def search():
+    return Search(Landscape(TRUTH), torch.arange(2, WORDS), 1, len(TRUTH) - 1, 0.0, 8)
+
+
+def test_a_slope_is_the_derivative_and_counts_as_two(search):
+    energy = search.energy
+    embeds = energy.table[torch.tensor([TRUTH[::-1]])].repeat(3, 1, 1)
+    steep = slope(energy, embeds, 0.0)
+    assert energy.tally.sentences == 9
+    step = 1e-3 * torch.randn(embeds.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        rise = energy(embeds + step, 0.0)[0] - energy(embeds - step, 0.0)[0]
+    torch.testing.assert_close(rise / 2, (steep * step).sum((1, 2)), rtol=1e-2, atol=1e-5)
+
+
+def test_a_word_beyond_the_shortlist_is_found_where_the_residual_is_largest(search):
+    wrong = (*TRUTH[:2], 300, *TRUTH[3:])
+    assert search.score([wrong])[0] > 0.5
+    assert search.widen(wrong) == TRUTH
+    assert wrong in search.wide
+
+
+def test_a_doubled_word_gives_way_to_the_missing_last_one(search):
+    doubled = (*TRUTH[:4], *TRUTH[3:-2], TRUTH[-1])
+    assert len(doubled) == len(TRUTH)
+    at = doubled
+    for _ in range(3):
+        search.score([at])
+        at = search.descend(search.widen(at), torch.tensor([[5]] * (len(TRUTH) - 2)), 10**6)
+    assert at == TRUTH
+
+
+def test_widening_the_minimum_changes_nothing_and_few_are_scored(search):
+    search.score([TRUTH])
+    assert search.widen(TRUTH) == TRUTH
+    free = len(TRUTH) - 2
+    assert search.energy.tally.sentences < 6 * WIDE + free**2 + 20
+
+
+def test_scores_are_the_energies(search):
+    rows = [TRUTH, TRUTH[::-1], TRUTH]
+    assert search.score(rows) == of_tokens(search.energy, torch.tensor(rows), 0.0).tolist()
+    assert search.scores[TRUTH] == pytest.approx(0.0, abs=1e-6)
