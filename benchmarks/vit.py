@@ -10,7 +10,7 @@ as much CPU time. Times are CPU seconds of one thread, attack only.
     ... --study deep       block 2 and the last but one
     ... --table            prints, runs nothing
 
-FOLDER holds train_500x10.zip and test_500x10.zip: class folders, or labels.csv. `trained`: 300 steps of batches of 32
+FOLDER holds train_500x10.zip and test_500x10.zip: class folders, or labels.csv. `trained`: 200 steps of batches of 16
 from the untrained weights, kept under --weights.
 """
 
@@ -32,6 +32,7 @@ from lmleak.records import Victim
 CLOSED = [(192, 4, 4), (128, 4, 4), (256, 8, 4)]  #: width, pixels along a patch, blocks
 FEW = [(192, 8, 4), (128, 8, 4)]
 DEEP = (192, 4, 6)
+TRAINED = (256, 8, 6)
 FORMATS: list[dict[str, Any]] = [
     {"kind": "quantize", "to": "float16"},
     {"kind": "quantize", "to": "bfloat16"},
@@ -67,7 +68,7 @@ def cells(study: str) -> Iterator[tuple[tuple[int, int, int], str, str, int, dic
     none: dict[str, Any] = {"kind": "none"}
     if study == "closed":
         for weights in ("init 0.02", "init 0.1", "trained"):
-            for shape in [DEEP] if weights == "trained" else CLOSED:
+            for shape in [TRAINED] if weights == "trained" else CLOSED:
                 for component in ("attn_query", "attn_key", "attn_value"):
                     yield shape, weights, component, 0, none, "span"
     if study == "few":
@@ -79,12 +80,12 @@ def cells(study: str) -> Iterator[tuple[tuple[int, int, int], str, str, int, dic
     if study == "formats":
         for weights in ("init 0.02", "init 0.1", "trained"):
             for defense in FORMATS:
-                yield DEEP if weights == "trained" else CLOSED[0], weights, "attn_query", 0, defense, "span"
+                yield TRAINED if weights == "trained" else CLOSED[0], weights, "attn_query", 0, defense, "span"
     if study == "deep":
         for weights in ("init 0.02", "trained"):
             for layer in (2, 4):
                 for component in ("attn_query", "attn_value", "ffn_in"):
-                    yield DEEP, weights, component, layer, none, "subspace"
+                    yield TRAINED if weights == "trained" else DEEP, weights, component, layer, none, "subspace"
 
 
 def measure(
@@ -106,7 +107,7 @@ def measure(
         some = min(asked.matched, pictures) if shape[0] != 768 else 1
         plan += [
             (f"inverting_gradients, {how}", i)
-            for how in ("equal time", "generous")[: 1 if study == "deep" else 2]
+            for how in ("equal time", "generous")[: 1 if study == "deep" or shape[0] == 768 else 2]
             for i in range(some)
         ]
     common = {"study": study, "model": model, "component": component, "layer": layer, "defense": defense}
@@ -169,9 +170,9 @@ def load(asked: argparse.Namespace, shape: tuple[int, int, int], weights: str) -
     return load_model("vit", weights=str(folder), mean=[0.5] * 3, std=[0.5] * 3, device="cpu")
 
 
-def train(victim: Victim, path: Path, steps: int = 300) -> None:
+def train(victim: Victim, path: Path, steps: int = 200) -> None:
     """A brief training: enough to move attention and norms away from where they began."""
-    batches = load_batches(victim, "image_folder", path=str(path), batch_size=32, limit=3200, shuffle=True)
+    batches = load_batches(victim, "image_folder", path=str(path), batch_size=16, limit=3200, shuffle=True)
     optimizer = torch.optim.AdamW(victim.module.parameters(), lr=5e-4, weight_decay=0.05)
     victim.module.train()
     right = []
