@@ -202,16 +202,22 @@ def modules(
 
 @main.command()
 @click.argument("run_names", nargs=-1, required=True, metavar="RUN...")
+@click.option("--utility", "trained", multiple=True, metavar="RECIPE", help="What `lmleak utility` kept of RECIPE.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a cell.")
 @click.option("--csv", "as_csv", is_flag=True)
-def compare(run_names: tuple[str, ...], as_json: bool, as_csv: bool) -> None:
-    """Put the cells of one or more RUNs side by side. RUN is a folder, or a recipe's name for its newest run."""
+def compare(run_names: tuple[str, ...], trained: tuple[str, ...], as_json: bool, as_csv: bool) -> None:
+    """Put the cells of one or more RUNs side by side. RUN is a folder, or a recipe's name for its newest run.
+
+    Prints the table and writes compare.html, with the figures, and compare.csv into the first RUN. What the defenses
+    cost is taken from `lmleak utility` of the same recipes, or of those named.
+    """
     from lmleak import report
-    from lmleak.report import _store, _write
+    from lmleak.report import _csv, _store
+    from lmleak.runs.utility import folder_of
 
     folders = [_arguments.run_folder(name) for name in run_names]
     if as_csv:
-        click.echo(_write.table([_store.read(folder) for folder in folders]), nl=False)
+        click.echo(_csv.table([_store.read(folder) for folder in folders]), nl=False)
         return
     lines = report.compare(folders)
     if as_json:
@@ -219,6 +225,8 @@ def compare(run_names: tuple[str, ...], as_json: bool, as_csv: bool) -> None:
             click.echo(json.dumps(line))
     else:
         report.print_table(lines)
+    page = report.write(folders, folders[0] / "compare.html", [folder_of(name, _arguments.RUNS) for name in trained])
+    click.echo(f"report: {page}", err=as_json)
 
 
 @main.command()

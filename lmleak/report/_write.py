@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import shlex
@@ -20,7 +18,9 @@ from lmleak.errors import RunError
 from lmleak.report import (
     _atlas,
     _chart,
+    _compare,
     _controls,
+    _csv,
     _diff,
     _grade,
     _headline,
@@ -43,16 +43,20 @@ _MAPS = 240  #: heat maps drawn at all: 1,000 cells in 1,000 panels would say no
 
 
 def write(
-    run_dirs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None
+    run_dirs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str] | None = None,
+    utility: Sequence[str | os.PathLike[str]] = (),
 ) -> Path:
-    """Writes one self-contained HTML page about one or more runs, and `cells.csv` beside it.
+    """Writes one self-contained HTML page about one or more runs, and their cells as CSV beside it.
 
     The page has no script and loads nothing: it opens with the network off, and whatever text an attack recovered is
     inert in it. A run that is still going, or that failed, can be reported too.
 
     Args:
         run_dirs: a run folder, or several.
-        out: the HTML file to write; `report.html` in the first run folder by default.
+        out: the HTML file to write; `report.html` in the first run folder by default. The CSV is `cells.csv`, or
+            named after `out`.
+        utility: folders of `lmleak utility` that say what the defenses cost; those beside the runs by default.
 
     Returns:
         Path of the HTML file.
@@ -66,8 +70,8 @@ def write(
     runs = [_store.read(Path(folder)) for folder in folders]
     path = Path(out) if out is not None else Path(folders[0]) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _put(path, page(runs))
-    _put(path.with_name("cells.csv"), table(runs))
+    _put(path, page(runs, _compare.trained_of(runs, [Path(folder) for folder in utility])))
+    _put(path.with_suffix(".csv") if out is not None else path.with_name("cells.csv"), _csv.table(runs))
     return path
 
 
@@ -92,7 +96,7 @@ def _put(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[Run], trained: Sequence[Mapping[str, Any]] = ()) -> str:
     """The HTML page."""
     every = _study.places(runs)
     cells = [place for place in every if not place.control]  # a control is shown beside its cell, never as a finding
@@ -137,6 +141,7 @@ def page(runs: Sequence[Run]) -> str:
         verdict_columns=list(_atlas.readers(cells)),
         threat=_atlas.threat(cells) if cells else "",
         unclipped=any(_kind(p) == "gaussian_noise" for p in cells),
+        settings=_compare.section(cells, trained),
         charts=_chart.charts(cells, charted) if charted else [],
         charted=_words.metric_name(charted or ""),
         failures=[p for p in cells if p.status != "ok" or p.line.get("reason")],
@@ -263,35 +268,3 @@ def _flat(facts: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
 def _short(value: Any, limit: int = 400) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
-
-
-def table(runs: Sequence[Run]) -> str:
-    """cells.csv: one row a cell; scores in 0..1 with the ends of their intervals. Text cannot start a formula."""
-    cells = _study.places(runs)
-    axes = list(dict.fromkeys(axis for p in cells for axis in p.line.get("axes") or {}))
-    metrics = _study.metrics(cells)
-    head = ["run", "cell", "status", "reason", *axes, "share"]
-    head += [f"{m}{end}" for m in metrics for end in ("", "_low", "_high", "_n", "_all")]
-    head += ["attack_cpu_seconds", "total_seconds", "epsilon", "delta"]
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(_plain(name) for name in head)
-    for p in cells:
-        answers, every = p.line.get("scores") or {}, p.line.get("scores_all") or {}
-        scores = [{**(answers.get(m) or {}), "all": (every.get(m) or {}).get("mean")} for m in metrics]
-        time, privacy = p.line.get("seconds") or {}, p.line.get("privacy") or {}
-        row = [p.run.name, p.cell, p.status, p.line.get("reason")]
-        row += [_axis((p.line.get("axes") or {}).get(axis)) for axis in axes]
-        row += [p.share, *(score.get(end) for score in scores for end in ("mean", "low", "high", "n", "all"))]
-        row += [time.get("attack_cpu"), time.get("total"), privacy.get("epsilon"), privacy.get("delta")]
-        rows.writerow(_plain(value) for value in row)
-    return text.getvalue()
-
-
-def _axis(value: Any) -> Any:
-    return value if value is None or isinstance(value, (int, float, str)) else json.dumps(value, ensure_ascii=False)
-
-
-def _plain(value: Any) -> Any:
-    """A spreadsheet runs text that starts like a formula; a leading apostrophe keeps it text."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value

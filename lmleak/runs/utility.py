@@ -78,6 +78,19 @@ def read(folder: str | Path) -> list[Line]:
     return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
+def folder_of(name: str, root: str | Path = "runs") -> Path:
+    """Folder of `utility`, given by path or by its recipe's name.
+
+    Raises:
+        LmleakError: nothing was trained there.
+    """
+    places = Path(name), Path(root) / f"{name}-utility"
+    found = next((path for path in places if (path / RESULTS).is_file()), None)
+    if found is None:
+        raise LmleakError(f"--utility {name}: nothing was trained under that name; `lmleak utility {name}` does it")
+    return found
+
+
 def _say(said: Callable[[str], None], defense: Mapping[str, Any], seed: int, text: str) -> None:
     said(f"{json.dumps(defense)} seed {seed}: {text}")
 
