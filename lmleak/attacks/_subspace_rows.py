@@ -78,7 +78,7 @@ class Hidden:
 
 
 def hidden(victim: Victim, energy: Energy) -> Hidden | None:
-    """The block whose second matrix is the first site of `energy`, attached; None if not norm, linear, activation."""
+    """The block whose second matrix is the first site of `energy`, attached; None where it cannot be solved for."""
     one, config = energy.sites[0], victim.module.config
     name = getattr(config, "hidden_act", getattr(config, "activation", None))
     act = ACT2FN[name] if isinstance(name, str) else name
@@ -103,6 +103,8 @@ def hidden(victim: Victim, energy: Energy) -> Hidden | None:
         norm = norms.get(seen["h"].data_ptr()) if "h" in seen else None
         if norm is None or norm.bias is None or act is None or not isinstance(first, nn.Linear):
             return None
+        if len(x[0, 0]) <= len(one.basis) + len(norm.weight):
+            return None  # no more equations than unknowns
         if not torch.allclose(act(seen["a"]), x, atol=1e-5):
             return None
         scale, shift = norm.weight.detach().float(), norm.bias.detach().float()

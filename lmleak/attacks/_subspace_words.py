@@ -114,7 +114,7 @@ def guess(
         # Places whose word is known are solved. Where nothing is read: words that show most of what is not explained.
         unread = (told < 0).nonzero().flatten()
         share = rows.unexplained(x[:, start : start + free].flatten(0, 1)).view(count, free)
-        pool = bodies.gather(0, share.topk(min(POOL, count), 0).indices).T.clone()
+        pool = bodies.gather(0, share.topk(min(POOL, count, len(words)), 0).indices).T.clone()
         if rows.missing:
             places = [i for i in range(n) if not start <= i < start + free or told[i - start] < 0]
             starts = [z[:, places].flatten(0, 1)]
@@ -141,4 +141,4 @@ def guess(
 def _close(rows: Rows, model: Model, place: int) -> Tensor:
     """Words, indices [m], whose expected row at a place shows most of what is not explained."""
     share = [rows.unexplained(rows.hidden.activations(part)) for part in model.rows(place).split(4096)]
-    return torch.cat(share).topk(POOL).indices
+    return torch.cat(share).topk(min(POOL, len(model.words))).indices

@@ -2,7 +2,8 @@
 
 The weight gradient of any linear module spans the inputs of that module, and in an encoder these follow from the whole
 sentence. A relaxation over the vocabulary proposes sentences, discrete descent finishes them, and the gradient's own
-spectrum says whether the sentence found is the one. Petrov et al. 2024 (2405.15586) test this row space at layers 0 and
+spectrum says whether the sentence found is the one. Inputs of a feed-forward block are solved for one by one off its
+second matrix, and words read off them. Petrov et al. 2024 (2405.15586) test this row space at layers 0 and
 1; one matrix is enough here. The rank shows the length; no label is needed. Pictures: `_subspace_pixels.py`.
 """
 
@@ -110,7 +111,7 @@ def attack(
             return read
         search = SentenceSearch(config, landscape(energy, known), victim, frame, length, generator, progress)
         top = whole[0].entry
-        # Above, the search alone takes 1 to 3 s.
+        # At layers 0 and 1 the search alone takes 1 to 3 s.
         block = hidden(victim, energy) if top.component == "ffn_out" and (top.layer or 0) >= 2 else None
         if block is None:
             return search.run(details)
