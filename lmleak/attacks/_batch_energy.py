@@ -15,6 +15,10 @@ from lmleak.records import Entry, Observation, Victim
 # to 75 only. What lies behind it is rounding: 3e-8 to 7e-8 of the first value.
 STEP = 10.0
 ROUNDING = 1e-6
+# Share of a sentence's input outside the space below which it is proven. MiniLM, layers 0 to 3, query, key and ffn_out,
+# 2 to 16 sentences: the truth at 3e-7 to 3e-5, one word exchanged at 0.07 or more, also where the spectrum falls by 13
+# only: the middle of that edge, 0.28, would accept it.
+PROOF = 1e-3
 
 
 def batch_space(gradients: Sequence[Tensor]) -> RowSpace:
@@ -71,11 +75,11 @@ class Deflated(Energy):
 
     @torch.no_grad()
     def verdict(self, tokens: Tensor) -> float:
-        """Largest share of an input outside its space against the middle of the spectrum's edge; below 1 it is true."""
+        """Largest share of an input outside its space, over `PROOF`; below 1 the sentence is true."""
         worst = 0.0
         for one, x in zip(self.sites, self.inputs(self.table[tokens][None]), strict=True):
             outside = one.space.residual(one.rows(x[0].double()))
-            worst = max(worst, float(outside.max()) * one.space.gap**0.5)
+            worst = max(worst, float(outside.max()) / PROOF)
         return worst
 
     @torch.no_grad()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lmleak.attacks._batch_energy import Deflated
-from lmleak.attacks._energy import of_tokens
+from lmleak.attacks._batch_found import Found
 from lmleak.attacks._subspace_relax import Schedule, relax
 from lmleak.attacks._text import Frame
 
@@ -28,24 +27,11 @@ class Outline:
 
 
 class Fill:
-    """Search of the sentences that outlines leave open; remembers the energies it has computed."""
+    """Search of the sentences that outlines leave open."""
 
-    def __init__(self, energy: Deflated, frame: Frame, ridge: float, schedule: Schedule, generator: torch.Generator):
-        self.energy, self.frame, self.ridge = energy, frame, ridge
+    def __init__(self, found: Found, frame: Frame, schedule: Schedule, generator: torch.Generator):
+        self.found, self.energy, self.frame = found, found.energy, frame
         self.schedule, self.generator = schedule, generator
-        self.scores: dict[tuple[int, ...], float] = {}
-
-    def score(self, sentences: Sequence[tuple[int, ...]]) -> list[float]:
-        """Energies of sentences of one length; only those not met before are evaluated."""
-        new = [s for s in dict.fromkeys(sentences) if s not in self.scores]
-        if new:
-            ids = torch.tensor(new, device=self.energy.table.device)
-            self.scores.update(zip(new, of_tokens(self.energy, ids, self.ridge).tolist(), strict=True))
-        return [self.scores[s] for s in sentences]
-
-    def forget(self) -> None:
-        """A sentence was found and deflated: the energies of others have changed."""
-        self.scores.clear()
 
     def first(self, outline: Outline) -> tuple[int, ...]:
         """The likeliest sentence of an outline."""
@@ -55,7 +41,6 @@ class Fill:
         """Replaces words by one of the first `width` choices while one replacement or several lower the energy."""
         start = len(self.frame.first)
         for _ in range(SWEEPS):
-            here = self.score([sentence])[0]
             changed = [
                 (*sentence[: start + i], word, *sentence[start + i + 1 :])
                 for i in range(len(outline.choices))
@@ -64,17 +49,10 @@ class Fill:
             ]
             if not changed or self.energy.evaluations >= limit:
                 break
-            ranked = sorted(zip(self.score(changed), changed, strict=True))
-            joint, together, touched = list(sentence), [], set()
-            for value, other in ranked:
-                place = next(i for i, (a, b) in enumerate(zip(sentence, other, strict=True)) if a != b)
-                if value < here and place not in touched:
-                    touched.add(place)
-                    joint[place] = other[place]
-                    together.append(tuple(joint))
-            if not together:
+            better = self.found.together(sentence, changed)
+            if better == sentence:
                 break
-            sentence = min(zip(self.score(together), together, strict=True))[1]
+            sentence = better
         return sentence
 
     @staticmethod
@@ -100,4 +78,4 @@ class Fill:
         free = len(outline.choices)
         pool = relax(self.energy, self.frame, free, tokens, self.schedule, self.generator, done, prior=prior)
         rows = list(dict.fromkeys(map(tuple, pool.sentences(self.frame).tolist())))
-        return min(zip(self.score(rows), rows, strict=True))[1]
+        return self.found.best(rows)

@@ -8,17 +8,14 @@ words that it shared with one other sentence then occur once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lmleak.attacks._batch_energy import Deflated
 from lmleak.attacks._batch_fill import WIDEST, Fill, Outline
 from lmleak.attacks._batch_pairs import Basis, clusters, counts, pairs
-from lmleak.attacks._text import Frame
 from lmleak.gradients.observe import own_gradient
 from lmleak.records import Observation, Victim
 
@@ -61,32 +58,23 @@ class Guided:
         victim: Victim,
         observation: Observation,
         basis: Basis,
-        energy: Deflated,
         fill: Fill,
-        frame: Frame,
         budget: int,
-        progress: Callable[[tuple[int, ...]], None],
     ):
         self.victim, self.observation, self.basis = victim, observation, basis
-        self.energy, self.fill, self.frame, self.budget, self.progress = energy, fill, frame, budget, progress
+        self.found, self.energy, self.fill, self.frame, self.budget = fill.found, fill.energy, fill, fill.frame, budget
         self.sums = basis.solve(observation.gradients)
-        self.found: dict[tuple[int, ...], float] = {}  #: sentence -> verdict
         self.guesses: dict[tuple[int, ...], float] = {}  #: best of every outline of the latest reading, energy a token
         self.effort = 0
         special = set(victim.processor.all_special_ids)
         self.special = [i for i, token in enumerate(basis.tokens.tolist()) if token in special]
-
-    @property
-    def missing(self) -> int:
-        """Sentences still to be found."""
-        return self.observation.batch_size - len(self.found)
 
     def run(self) -> None:
         """Until every sentence is found, no effort helps any more, or the budget is spent."""
         tried: dict[tuple, int] = {}
         self.effort = 0
         limit = len(EFFORTS)
-        while self.missing and self.energy.left and self.effort < limit and self.energy.evaluations < self.budget:
+        while self.found.missing and self.effort < limit and self.energy.evaluations < self.budget:
             sketches = self.read()
             self.guesses.clear()
             for sketch in sorted(sketches, key=lambda one: (tried.get(one.key, 0), -len(one.own))):
@@ -119,7 +107,7 @@ class Guided:
             return [Sketch({}, ends, base)]
         heads = self.victim.module.config.num_attention_heads
         values = read.sums[:, self.basis.value]
-        groups = clusters(values[once], [read.once[i] for i in once], self.missing, heads)
+        groups = clusters(values[once], [read.once[i] for i in once], self.found.missing, heads)
         groups = [[once[i] for i in group] for group in groups]
         often = counts(values, groups, heads).clamp(0.05, 1)
         return [
@@ -133,9 +121,9 @@ class Guided:
         if not outlines:
             return False
         with self.energy.attached():
-            before = len(self.found)
+            before = len(self.found.sentences)
             end, value = self._search(outlines)
-            if len(self.found) == before:
+            if len(self.found.sentences) == before:
                 self.guesses[end] = value
                 return False
         self.subtract()
@@ -149,10 +137,12 @@ class Guided:
         def descend(start: tuple[int, ...], i: int, widths: tuple[int, ...]) -> bool:
             for width in widths:
                 start = self.fill.descend(start, outlines[i], width, self.budget)
-                if self.accept(start):
+                if self.found.accept(start):
                     break
-            ends.append((self.fill.score([start])[0] / len(start) if start not in self.found else -1.0, i, start))
-            return start in self.found
+            ends.append(
+                (self.found.score([start])[0] / len(start) if start not in self.found.sentences else -1.0, i, start)
+            )
+            return start in self.found.sentences
 
         def ended() -> bool:
             if any(descend(self.fill.first(outline), i, WIDTHS) for i, outline in enumerate(outlines[:lengths])):
@@ -162,10 +152,10 @@ class Guided:
                 return True
             if not relaxing:
                 return False
-            before = len(self.found)
+            before = len(self.found.sentences)
             for _, i, _ in best:
                 start = self.fill.relaxed(outlines[i], self._any)
-                if len(self.found) > before or descend(start, i, WIDTHS):
+                if len(self.found.sentences) > before or descend(start, i, WIDTHS):
                     return True
             return False
 
@@ -174,9 +164,7 @@ class Guided:
         return end, value
 
     def _any(self, rows: Tensor) -> bool:
-        sentences = [tuple(row) for row in rows.tolist()]
-        values = self.fill.score(sentences)
-        return self.accept(sentences[min(range(len(values)), key=values.__getitem__)])
+        return self.found.accept(self.found.best([tuple(row) for row in rows.tolist()]))
 
     def outlines(self, sketch: Sketch) -> list[Outline]:
         """One for every length that the words known leave, likeliest first.
@@ -206,36 +194,20 @@ class Guided:
                 )
             choices.append(tuple(words))
             shares.append(tuple(values))
-        left = self.energy.left + int(self.energy.sites[0].centred)
         fits = [
             o
             for _, o in sorted(out, key=lambda pair: -pair[0])
-            if self.missing > 1 or self.frame.size + len(o.choices) == left
+            if self.found.missing > 1 or self.frame.size + len(o.choices) == self.found.rest
         ]
         return fits
 
     def doubtful(self) -> list[tuple[int, ...]]:
         """The best of what is not found, as many as are missing."""
-        ranked = sorted((value, tokens) for tokens, value in self.guesses.items() if tokens not in self.found)
-        return [tokens for _, tokens in ranked][: self.missing]
-
-    def accept(self, tokens: tuple[int, ...]) -> bool:
-        """Takes a sentence that its inputs prove; the energy is deflated."""
-        if tokens in self.found:
-            return False
-        ids = torch.tensor(tokens, device=self.energy.table.device)
-        verdict = self.energy.verdict(ids)
-        if verdict >= 1:
-            return False
-        self.found[tokens] = verdict
-        self.energy.deflate(ids)
-        self.fill.forget()
-        self.progress(tokens)
-        return True
+        return self.found.doubtful((value, tokens) for tokens, value in self.guesses.items())
 
     def subtract(self) -> None:
         """Takes the newest sentence's own gradient out of the sums; its label is the one that leaves least."""
-        tokens = next(reversed(self.found))
+        tokens = next(reversed(self.found.sentences))
         share = self.observation.batch_size if self.observation.reduction == "mean" else 1
         ids = torch.tensor(tokens, device=self.energy.table.device)[None]
         here = [i for i, token in enumerate(self.basis.tokens.tolist()) if token in set(tokens)]

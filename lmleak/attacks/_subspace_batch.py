@@ -15,8 +15,8 @@ import torch
 from lmleak.attacks import span
 from lmleak.attacks._batch_energy import Deflated, batch_site, batch_space
 from lmleak.attacks._batch_fill import Fill
+from lmleak.attacks._batch_found import Found
 from lmleak.attacks._batch_guided import Guided
-from lmleak.attacks._batch_open import OpenSearch
 from lmleak.attacks._batch_pairs import Basis
 from lmleak.attacks._batch_places import Places, admitted
 from lmleak.attacks._batch_search import BatchSearch
@@ -105,7 +105,8 @@ class _Batch:
             max(STEPS, config.steps), config.restarts, config.rate, config.ridge, 0.1 * config.ridge
         )
         self.budget = config.budget * observation.batch_size
-        self.show = lambda t: progress(victim.processor.decode(list(t), skip_special_tokens=True))
+        show = lambda t: progress(victim.processor.decode(list(t), skip_special_tokens=True))  # noqa: E731
+        self.found = Found(self.energy, observation.batch_size, RIDGE, show)
 
     def run(self) -> Reconstruction:
         size = self.observation.batch_size
@@ -115,12 +116,12 @@ class _Batch:
         else:
             with self.energy.attached():
                 search.run()
-        found, guesses = search.found, search.doubtful()
+        found, guesses = self.found.sentences, search.doubtful()
         details: dict[str, Any] = {
             "rank": self.sites[0].space.rank,
             "gap": round(self.sites[0].space.gap, 3),
             "module": self.sites[0].entry.module,
-            "by": {Guided: "guided", BatchSearch: "blind", OpenSearch: "open"}[type(search)],
+            "by": "guided" if isinstance(search, Guided) else "open" if self.places is None else "blind",
         }
         details |= {"found": len(found), "left": self.energy.left, "evaluations": self.energy.evaluations}
         if self.space is not None and self.places is not None:
@@ -133,17 +134,15 @@ class _Batch:
         confidence += [0.1] * len(guesses)
         return sentence(self.victim, answers, confidence, details, status="budget_exhausted", reason=why)
 
-    def _search(self) -> Guided | BatchSearch | OpenSearch:
-        size, frame = self.observation.batch_size, self.frame
-        effort = (self.schedule, RIDGE, self.config.shortlist, self.budget, self.generator, self.show)
-        if self.places is None:
-            words = vocabulary(self.victim).to(self.energy.table.device)
-            return OpenSearch(self.energy, frame, words, size, *effort)
-        if any(e.component == "attn_value" for e in self.readers):
-            special = torch.tensor([*frame.first, *frame.last], device=self.places.words.device).unique()
-            count = len(frame.first) + len(self.places.allowed)
+    def _search(self) -> Guided | BatchSearch:
+        if self.places is not None and any(e.component == "attn_value" for e in self.readers):
+            special = torch.tensor([*self.frame.first, *self.frame.last], device=self.places.words.device).unique()
+            count = len(self.frame.first) + len(self.places.allowed)
             basis = Basis(self.victim, self.readers, torch.cat([special, self.places.words]), count)
             if basis.misfit(self.observation.gradients) < MISFIT:
-                fill = Fill(self.energy, frame, RIDGE, self.schedule, self.generator)
-                return Guided(self.victim, self.observation, basis, self.energy, fill, frame, self.budget, self.show)
-        return BatchSearch(self.energy, frame, self.places, size, *effort)
+                fill = Fill(self.found, self.frame, self.schedule, self.generator)
+                return Guided(self.victim, self.observation, basis, fill, self.budget)
+        words = vocabulary(self.victim).to(self.energy.table.device)
+        return BatchSearch(
+            self.found, self.frame, words, self.places, self.config.shortlist, self.budget, self.generator
+        )

@@ -10,9 +10,11 @@ import torch
 from lmleak import load_batches, observe, select
 from lmleak.attacks._batch_energy import Deflated, batch_site, batch_space
 from lmleak.attacks._batch_fill import Fill, Outline
-from lmleak.attacks._batch_open import OpenSearch
+from lmleak.attacks._batch_found import Found
 from lmleak.attacks._batch_pairs import Basis, clusters, counts, pairs
 from lmleak.attacks._batch_places import admitted
+from lmleak.attacks._batch_search import BatchSearch
+from lmleak.attacks._batch_words import Words, scan
 from lmleak.attacks._rowspace import matrix
 from lmleak.attacks._subspace_batch import batch
 from lmleak.attacks._subspace_relax import Schedule
@@ -124,38 +126,96 @@ def deep(minilm):
     return observe(minilm, batch, select(minilm, components="attn_query", layers=1, parameters="weight")), batch
 
 
-def test_one_deep_matrix_of_a_batch_is_searched_from_nothing(minilm, deep):
-    result = run(minilm, deep[0], steps=1, budget=20)
-    assert result.status == "budget_exhausted"
+def test_one_deep_matrix_of_a_batch_is_enough(minilm, deep):
+    result = run(minilm, deep[0])
+    assert result.status == "ok", result.reason
     assert result.details["by"] == "open"
+    assert sorted(result.tokens) == sorted(deep[1].reference.tokens)
+    assert min(result.confidence) > 0.9
+
+
+def test_a_deep_matrix_of_a_batch_with_no_budget_is_a_guess(minilm, deep):
+    result = run(minilm, deep[0], budget=1)
+    assert result.status == "budget_exhausted"
     assert max(result.confidence, default=0.0) < 0.5
 
 
-def test_what_is_found_leaves_the_length_of_the_last(minilm, deep):
-    seen, batch = deep
-    one = batch_site(minilm, seen, seen.entries[0])
+def test_words_and_a_module_behind_them_are_enough_without_the_value(minilm, four):
+    seen, batch = four
+    entries = tuple(e for e in seen.entries if e.component in ("attn_query", "ffn_in"))
+    result = run(minilm, replace(seen, entries=entries))
+    assert result.status == "ok", result.reason
+    assert result.details["by"] == "blind"
+    assert sorted(result.tokens) == sorted(batch.reference.tokens)
+
+
+@pytest.fixture
+def found(minilm, deep):
+    with Deflated(minilm, [batch_site(minilm, deep[0], deep[0].entries[0])]).attached() as energy:
+        yield Found(energy, 2, 1e-4, lambda tokens: None)
+
+
+def sentences_of(batch):
     lengths = batch.inputs["attention_mask"].sum(1).tolist()
-    ids = tuple(batch.inputs["input_ids"][0, : lengths[0]].tolist())
-    with Deflated(minilm, [one]).attached() as energy:
-        frame = special_frame(minilm, Knowledge())
-        draw = torch.Generator().manual_seed(0)
-        words = torch.arange(1000, 2000)
-        search = OpenSearch(energy, frame, words, 2, SCHEDULE, 1e-4, 8, 100, draw, lambda tokens: None)
-        assert abs(search.lengths()[0] - sum(lengths) / 2) < 1
-        assert set(lengths) <= set(search.lengths())
-        assert search._accept(ids)
-        assert search.lengths() == [lengths[1]]
-        assert not search._accept(ids)
+    return [tuple(row[:n]) for row, n in zip(batch.inputs["input_ids"].tolist(), lengths, strict=True)]
 
 
-def test_fill_replaces_the_wrong_choices(minilm, deep):
-    seen, batch = deep
-    length = int(batch.inputs["attention_mask"][0].sum())
-    truth = tuple(batch.inputs["input_ids"][0, :length].tolist())
-    with Deflated(minilm, [batch_site(minilm, seen, seen.entries[0])]).attached() as energy:
-        draw = torch.Generator().manual_seed(0)
-        fill = Fill(energy, special_frame(minilm, Knowledge()), 1e-4, SCHEDULE, draw)
-        choices = [(t,) for t in truth[1:-1]]
-        choices[0], choices[1] = (2003, 2023, truth[1]), (2003, 2023, truth[2])
-        outline = Outline(tuple(choices), tuple((1.0,) * len(c) for c in choices), frozenset())
-        assert fill.descend(fill.first(outline), outline, 8, 1000) == truth
+def test_what_is_found_leaves_the_length_of_the_last(minilm, deep, found):
+    first, second = sentences_of(deep[1])
+    frame = special_frame(minilm, Knowledge())
+    search = BatchSearch(found, frame, torch.arange(1000, 2000), None, 8, 100, torch.Generator().manual_seed(0))
+    assert {len(first), len(second)} <= set(search.lengths())
+    assert found.rest == len(first) + len(second)
+    assert found.accept(first)
+    assert search.lengths() == [len(second)]
+    assert not found.accept(first)
+    assert found.doubtful([(0.5, first), (0.2, second), (0.3, second[:-1])]) == [second]
+
+
+def test_one_word_of_a_sentence_exchanged_is_no_proof(deep, found):
+    for tokens in sentences_of(deep[1]):
+        assert found.energy.verdict(torch.tensor(tokens)) < 0.1
+        other = (*tokens[:2], 2003, *tokens[3:])
+        assert found.energy.verdict(torch.tensor(other)) > 10
+
+
+def test_changes_that_help_are_made_together(deep, found):
+    truth = sentences_of(deep[1])[0]
+    wrong = (truth[0], 2003, 2023, *truth[3:])
+    singly = [(*wrong[:i], truth[i], *wrong[i + 1 :]) for i in (1, 2)]
+    assert found.together(wrong, singly) == truth
+    assert found.together(truth, [wrong]) == truth
+    assert found.score([wrong, truth]) == found.score([wrong]) + found.score([truth])
+
+
+def test_the_scan_keeps_every_true_word_of_a_thousand(minilm, deep, found):
+    true = {t for tokens in sentences_of(deep[1]) for t in tokens[1:-1]}
+    words = torch.tensor(sorted(true | set(range(2000, 3000))))
+    frame, draw = special_frame(minilm, Knowledge()), torch.Generator().manual_seed(0)
+    kept = scan(found.energy, frame, words, [6, 8], 32, 1e-4, 10_000, draw)
+    assert len(kept) == len(set(kept.tolist())) == 32
+    assert true <= set(kept.tolist())
+
+
+def test_pairs_drawn_put_the_true_words_first(minilm, deep, found):
+    sentences = sentences_of(deep[1])
+    true = sorted({t for tokens in sentences for t in tokens[1:-1]})
+    frame, draw = special_frame(minilm, Knowledge()), torch.Generator().manual_seed(0)
+    words = Words(found.energy, frame, torch.tensor([*true, *range(2500, 2530)]), max(map(len, sentences)), 1e-4, draw)
+    for _ in range(4):
+        drawn = words.sample([len(tokens) for tokens in sentences], 64, [])
+    assert len(drawn) == 128
+    assert {tokens[1] for tokens in sentences} <= set(words.choices(0, 8))
+    words.add(2999)
+    words.add(2999)
+    assert words.choices(0)[-1] == 2999
+    assert len(words.choices(0)) == len(true) + 31
+
+
+def test_fill_replaces_the_wrong_choices(minilm, deep, found):
+    truth = sentences_of(deep[1])[0]
+    fill = Fill(found, special_frame(minilm, Knowledge()), SCHEDULE, torch.Generator().manual_seed(0))
+    choices = [(t,) for t in truth[1:-1]]
+    choices[0], choices[1] = (2003, 2023, truth[1]), (2003, 2023, truth[2])
+    outline = Outline(tuple(choices), tuple((1.0,) * len(c) for c in choices), frozenset())
+    assert fill.descend(fill.first(outline), outline, 8, 1000) == truth
