@@ -28,6 +28,8 @@ ROUNDING = 1e-4  #: of a sum over a batch, in samples
 TOKENS = 16  #: of a random text
 #: Rest of a solution, over the gradient, above which it is none: noise, or samples that rounding has joined.
 REST = 0.05
+#: A probability from which on a model is no longer one that says nearly the same of every sample.
+SURE = 0.8
 MOST = 2**27  #: values that a search may hold at once, 1 GB
 
 
@@ -64,10 +66,11 @@ def recover_labels(
         strategy: `minimum`: the classes with the lowest values of the weight's gradient (Yin et al., 2021,
             arXiv 2104.07586), which never repeats a label and needs inputs that are not negative; `bias`: counts from
             the bias's gradient, where a class that is pulled down is there, and each further sample takes the mean pull
-            away (Wainakh et al., 2022, arXiv 2105.09369); `expected`: counts from the bias's gradient and the mean
-            probabilities of the model on random inputs; `solve`: the labels with which inputs exist that make the
-            gradient, see `_labels_solve`, of fewer samples than classes; `best`: `solve` where that finds an answer,
-            else `expected`.
+            away (Wainakh et al., 2022, arXiv 2105.09369); `expected`: counts from the bias's gradient and the
+            probabilities at the mean input of each class, which the weight's gradient shows (on random inputs where
+            that is not observed); `solve`: the labels with which inputs exist that make the
+            gradient, see `_labels_solve`, of fewer samples than classes; `best`: `expected` for an untrained model,
+            `solve` for one that is sure of itself, where that finds an answer.
         knowledge: granted labels are returned as they are.
 
     Returns:
@@ -150,6 +153,9 @@ def _bias(head: Head) -> Tensor:
 
 def _expected(head: Head, victim: Victim) -> Tensor:
     """The counts nearest to what the gradient leaves of the probabilities that the model is expected to give."""
+    # Of two classes each pulls the one row both ways: what is left is no mean.
+    if head.bias is not None and head.weight is not None and len(head.bias) > 2:
+        return _by_means(head, head.weight, head.bias)[0]
     inputs, probabilities = guess(victim)
     share = probabilities.mean(0).to(head.counted) * head.batch
     if head.bias is not None:
@@ -161,6 +167,32 @@ def _expected(head: Head, victim: Victim) -> Tensor:
     counts = [torch.bincount(labels, minlength=len(share)) for labels in found]
     misses = [float((wanted - own).square().sum()) for (wanted, _), own in zip(tried, counts, strict=True)]
     return found[misses.index(min(misses))]
+
+
+def _by_means(head: Head, weight: Tensor, bias: Tensor, rounds: int = 5) -> tuple[Tensor, float]:
+    """Counts, and the largest probability met, from the inputs' mean, then from one mean for each class.
+
+    The first right singular vector is the mean where inputs are alike. Given counts, a class's row less what other
+    classes' probabilities add to it is minus the sum of its own inputs. Untrained ResNet-20, 200 CIFAR-10 batches of 8:
+    all labels right in 199; 86 by probabilities on random pictures.
+    """
+    own_weight, own_bias = (parameter.detach().double() for parameter in (head.module.weight, head.module.bias))
+    right = torch.linalg.svd(torch.cat([weight, bias[:, None]], 1), full_matrices=False).Vh[0]
+    mean = (right / torch.where(right[-1].abs() < 1e-12, 1e-12, right[-1]))[:-1]
+    means = mean.expand(len(bias), -1)
+    counts = torch.ones_like(bias) * head.batch / len(bias)
+    best, least, top = torch.zeros(0), float("inf"), 0.0
+    for _ in range(rounds):
+        chance = (means @ own_weight.T + own_bias).softmax(1)
+        share = (chance * counts[:, None]).sum(0)
+        labels = nearest(share - bias, -bias, head.batch)
+        counts = torch.bincount(labels, minlength=len(bias)).double()
+        miss = float((share - bias - counts).square().sum())
+        if miss < least:
+            best, least, top = labels, miss, float(chance[counts > 0].max())
+        sums = (chance * counts[:, None]).T @ means - weight
+        means = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], mean)
+    return best, top
 
 
 def _solved(head: Head, victim: Victim) -> Tensor | str:
@@ -183,8 +215,13 @@ def _solved(head: Head, victim: Victim) -> Tensor | str:
 
 
 def _best(head: Head, victim: Victim) -> Tensor:
-    found = _solved(head, victim) if head.batch > 1 else ""
-    return _expected(head, victim) if isinstance(found, str) else found
+    if head.batch == 1 or head.weight is None or head.bias is None or len(head.bias) == 2:
+        return _expected(head, victim)
+    labels, top = _by_means(head, head.weight, head.bias)
+    if top < SURE:
+        return labels
+    found = _solved(head, victim)
+    return labels if isinstance(found, str) else found
 
 
 def nearest(wanted: Tensor, least: Tensor, total: int) -> Tensor:
