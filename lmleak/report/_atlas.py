@@ -73,8 +73,7 @@ def maps(cells: Sequence[Place], metric: str | None) -> list[Map]:
     drawn: dict[str, tuple[Reader, Callable[[float], str]]] = {}
     if metric:
         drawn[f"attack: {_words.metric_name(metric)}"] = _attack(metric), lambda v: _words.percent(v, metric)
-    drawn["share of the parameters"] = (lambda place: place.share), lambda v: _words.share(v).replace(" %", "")
-    drawn |= {name: (read, _words.number) for name, read in measured.items()}
+    drawn |= {name: (read, _brief) for name, read in measured.items()}
     return [Map(name, _range(cells, read, show), _svg(cells, name, read, show)) for name, (read, show) in drawn.items()]
 
 
@@ -84,6 +83,11 @@ def _attack(metric: str) -> Reader:
         return float(score["mean"]) if score else None
 
     return read
+
+
+def _brief(value: float) -> str:
+    """Two digits, so that a square holds them: `0.85`, `1.8`, `4e-5`."""
+    return f"{value:.2g}" if abs(value) >= 1e-2 or not value else f"{value:.0e}".replace("e-0", "e-")
 
 
 def _range(cells: Sequence[Place], read: Reader, show: Callable[[float], str]) -> str:
@@ -100,6 +104,8 @@ def _svg(cells: Sequence[Place], name: str, read: Reader, show: Callable[[float]
             at.setdefault((place.component, place.layer), []).append(value)
     means = {key: sum(values) / len(values) for key, values in at.items()}
     low, high = (min(means.values()), max(means.values())) if means else (0.0, 1.0)
+    # Norms span decades: shaded straight, all but the largest would look alike.
+    grade = math.log if low > 0 and high > 100 * low else float
     left = 16 + 6.6 * max(map(len, rows))
     parts = []
     for j, column in enumerate(columns):
@@ -118,7 +124,8 @@ def _svg(cells: Sequence[Place], name: str, read: Reader, show: Callable[[float]
         for j, column in enumerate(columns):
             if (row, column) in means:
                 value = means[row, column]
-                shade = _palette.shade((value - low) / (high - low) if high > low else 0.5)
+                span = grade(high) - grade(low)
+                shade = _palette.shade((grade(value) - grade(low)) / span if span else 0.5)
                 parts.append(_square(left + _STEP * j, y, shade, show(value), f"{row}, layer {column}: {show(value)}"))
     width, height = left + _STEP * len(columns) + 2, 24 + _ROW * len(rows)
     return Markup(
