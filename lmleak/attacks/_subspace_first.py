@@ -1,4 +1,4 @@
-"""A sentence from layer 0 under noise: likelihood ascent over its known inputs, one position after the other."""
+"""A sentence from layer 0 under noise: likelihood ascent over its known inputs, single places and swaps of two."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from lmleak.models._input import InputLayer
 READERS = ("attn_query", "attn_value")  #: keys show differences, which cost a row and add little beside these
 SHORTLIST = 256  #: words a position, by a first estimate of what taking them for the truth costs
 SWEEPS = 8
+FLOOR = 1e-9  #: of float64's rounding, where a word stands twice
+SWAPPED = 48  #: places among which swaps are tried, those that explain least: n^2 rows and their products
 
 
 def first_layer(
@@ -57,17 +59,52 @@ def first_layer(
             _settle(views, x[which_one])
             waiting.remove(place)
     for _ in range(SWEEPS):
-        before = list(tokens)
+        before, gains = list(tokens), {}
         for place, (near, x) in choices.items():
             others = torch.stack([r for i, r in enumerate(rows) if i != place and r is not None])
             q = torch.linalg.qr(others.T).Q
             left = x - (x @ q) @ q.T
             gain = ((left @ gram) * left).sum(-1) / left.square().sum(-1).clamp_min(1e-12)
             best = int(gain.argmax())
-            tokens[place], rows[place] = int(near[best]), x[best]
+            tokens[place], rows[place], gains[place] = int(near[best]), x[best], float(gain[best])
+        _swap(tokens, rows, sorted(sorted(gains, key=gains.__getitem__)[:SWAPPED]), layer, gram)
         if tokens == before:
             break
     return tuple(tokens)
+
+
+def _swap(tokens: list[int], rows: list[Tensor | None], places: list[int], layer: InputLayer, gram: Tensor) -> None:
+    """Exchanges the words of two places, in place, as long as that explains more of `gram` [d, d].
+
+    A word explains most of its row at any place, so that ascent by single places stops with the right words in wrong
+    places: MiniLM, 30 tokens, noise 5e-5, 24 of 28 words found and 9 of them in place.
+    """
+    fixed = [row for i, row in enumerate(rows) if i not in places and row is not None]
+    words = torch.tensor([tokens[i] for i in places], device=gram.device)
+    grid = torch.cat([_row(layer, words, i) for i in places])  # [m m, d], a place after the other
+    if fixed:
+        q = torch.linalg.qr(torch.stack(fixed).T).Q
+        left = grid - (grid @ q) @ q.T
+    else:
+        left = grid
+    inner, shared = left @ left.T, left @ gram @ left.T
+    m = len(places)
+    one, two = torch.triu_indices(m, m, 1, device=gram.device)
+    order = torch.arange(m, device=gram.device)
+    while True:
+        tried = order.repeat(len(one) + 1, 1)  # the last is the order as it is
+        each = torch.arange(len(one), device=gram.device)
+        tried[each, one], tried[each, two] = order[two], order[one]
+        at = torch.arange(m, device=gram.device) * m + tried
+        where = at[:, :, None], at[:, None, :]
+        explained = torch.linalg.solve(inner[where] + FLOOR * torch.eye(m).to(gram), shared[where])
+        values = explained.diagonal(dim1=1, dim2=2).sum(-1)
+        here, best = float(values[-1]), int(values.argmax())
+        if float(values[best]) <= here * (1 + FLOOR):
+            break
+        order = tried[best]
+    for i, word in enumerate(order.tolist()):
+        tokens[places[i]], rows[places[i]] = int(words[word]), grid[i * m + word]
 
 
 class _View:

@@ -90,7 +90,9 @@ class SentenceSearch:
         if start is not None:
             seen = torch.tensor(start, device=self.words.device)[len(self.frame.first) :][: self.free, None]
             seen = seen if pool is None else torch.cat([seen, pool], 1)
-            end = self.search.descend(start, seen, config.budget // 2)
+            # The tally counts for all lengths: half of what is left, not half of the whole.
+            spent = self.energy.tally.sentences
+            end = self.search.descend(start, seen, spent + max(0, config.budget - spent) // 2)
             best, verdict = self._widened((self.search.scores[end], end), seen)
         while verdict >= 1 and (not rounds or self.energy.tally.sentences < config.budget):
             hint, trust = self._trust(best[1]) if best else (None, None)
