@@ -29,7 +29,7 @@ TOKENS = 16  #: of a random text
 #: Rest of a solution, over the gradient, above which it is none: noise, or samples that rounding has joined.
 REST = 0.05
 #: A probability from which on a model is no longer one that says nearly the same of every sample.
-SURE = 0.8
+SURE = 0.95
 MOST = 2**27  #: values that a search may hold at once, 1 GB
 
 
