@@ -134,9 +134,12 @@ class SentenceSearch:
     def _widened(
         self, best: tuple[float, tuple[int, ...]], seen: Tensor
     ) -> tuple[tuple[float, tuple[int, ...]], float]:
-        """The best so far after changes too many for every step, as long as they help, and the verdict on it."""
+        """The best so far after changes too many for every step, once, and the verdict on it.
+
+        As long as they help would spend half of a budget on one sentence: MiniLM, attention output of layer 4, 9 words.
+        """
         verdict = self._verdict(best[1])
-        while verdict >= 1 and best[1] not in self.search.wide and self.energy.tally.sentences < self.config.budget:
+        if verdict >= 1 and best[1] not in self.search.wide and self.energy.tally.sentences < self.config.budget:
             end = self.search.descend(self.search.widen(best[1]), seen, self.config.budget)
             best, verdict = (self.search.scores[end], end), self._verdict(end)
         return best, verdict
