@@ -247,7 +247,8 @@ def _unit(victim: Victim) -> Tensor:
     """[v, f] word embeddings, centred, of length 1."""
     words = victim.module.get_input_embeddings().weight.detach().float()
     words = words - words.mean(0)
-    return words / words.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    # In place: one copy of the table, not two.
+    return words.div_(words.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 def _order(victim: Victim, prior: str | None) -> Tensor:
