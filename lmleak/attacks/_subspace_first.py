@@ -77,7 +77,8 @@ def _swap(tokens: list[int], rows: list[Tensor | None], places: list[int], layer
     """Exchanges the words of two places, in place, as long as that explains more of `gram` [d, d].
 
     A word explains most of its row at any place, so that ascent by single places stops with the right words in wrong
-    places: MiniLM, 30 tokens, noise 5e-5, 24 of 28 words found and 9 of them in place.
+    places: MiniLM, 30 tokens, noise 5e-5, 24 different words of the sentence found and 9 of 28 places right; with
+    swaps, 22. More than the truth explains is reached then: query and value of layer 0 tell no more.
     """
     fixed = [row for i, row in enumerate(rows) if i not in places and row is not None]
     words = torch.tensor([tokens[i] for i in places], device=gram.device)
