@@ -16,7 +16,7 @@ from lmleak.config.train import read_train
 from lmleak.errors import LmleakError, did_you_mean
 
 BLOCKS = ("model", "data", "defense", "attack")
-CELL_FIELDS = ("model", "train", "data", "select", "defense", "attack", "metrics", "measures", "knowledge", "seed")
+CELL_FIELDS = ("model", "data", "train", "select", "defense", "attack", "metrics", "measures", "knowledge", "seed")
 FIELDS = (*CELL_FIELDS, "sweep", "controls", "utility", "name")
 #: what a study can be measured against; `lmleak.runs.controls` does them
 CONTROLS = ("wrong_update", "no_gradient", "replay")
