@@ -67,14 +67,9 @@ class Config(BaseModel):
     group_from: Annotated[float, Field(ge=0, le=1)] = Field(0.25, description="share of the steps before the first")
     group_every: Count = 100
     across_processes: bool = Field(
-        False, description="split the seeds of each batch between processes, not the batches of a run"
+        False, description="from Python: processes share one batch's seeds; a run shares out its batches instead"
     )
     labels: Strategy = Field("best", description="how labels that are not granted are read, see `labels`")
-
-
-def joint(config: Config) -> bool:
-    """Whether all processes of a run have to attack the same batch together."""
-    return config.across_processes
 
 
 def attack(

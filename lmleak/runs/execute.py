@@ -73,6 +73,11 @@ def run(
         recipe = load_recipe(source, overrides)
     points = cells(recipe)
     state = ranks.join()
+    if state.num_processes > 1 and any(point.recipe.attack.get("across_processes") for point in points):
+        if not state.is_main_process:
+            raise SystemExit(RunError.exit_code)
+        # Ranks that attack different batches would wait for each other's seeds for ever.
+        raise RunError("attack.across_processes: a run on several processes splits batches between them, not seeds")
     lock: folders.Lock | None = None
     bench = Workbench()
     try:
