@@ -19,7 +19,8 @@ CONTAINERS = ("layer", "encoder", "all")
 #: Every component name there is, for suggestions; a family has those of them that its architecture has.
 COMPONENTS = (
     "embedding", "attn_query", "attn_key", "attn_value", "attn_qkv", "attn_output", "ffn_in", "ffn_out",
-    "norm", "layer", "encoder", "pooler", "head", "all", "patch_embedding", "position_embedding", "conv", "linear", "stage",
+    "norm", "layer", "encoder", "pooler", "head", "all", "patch_embedding", "position_embedding",
+    "conv", "linear", "stage",
 )  # fmt: skip
 
 

@@ -105,10 +105,12 @@ def test_reads_two_sentences_off_layers_0_and_1(minilm, pair):
 
 
 def test_two_sentences_not_found_are_doubtful(minilm, pair):
-    seen, _ = pair
+    seen, batch = pair
     result = attack(seen, minilm, "subspace", steps=1, budget=1)
     assert result.status == "budget_exhausted"
-    assert max(result.confidence, default=0.0) < 0.5
+    # What its first pass proves may be believed, if it is true; nothing else.
+    sure = {tokens for tokens, c in zip(result.tokens, result.confidence, strict=True) if c >= 0.5}
+    assert sure < set(batch.reference.tokens)
 
 
 def test_two_sentences_of_another_model_are_no_answer(minilm, pair):
