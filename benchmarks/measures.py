@@ -147,7 +147,7 @@ def _shown(rows: Sequence[Mapping[str, Any]], value: str) -> str:
         return "-"
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in (value, "low", "high") if name in rows[0]}
     ends = f" [{mean['low']:.2f}, {mean['high']:.2f}]" if "low" in mean else ""
-    return f"{mean[value]:.2f}{ends}"
+    return f"{mean[value]:.2f}{ends}" if ends else f"{mean[value]:.2g}"
 
 
 if __name__ == "__main__":
