@@ -30,6 +30,7 @@ UNITS = {
     "high": "bits: upper end of the 95 % interval over samples",
     "share": "of the attribute's entropy, 0..1; None for the input, whose entropy is not known",
     "null": "bits read when labels are shuffled, mean over shuffles",
+    "null_high": "bits: highest upper end of a shuffle's own 95 % interval",
 }
 Read = tuple[float, float, float]  #: bits, and their interval
 
@@ -80,13 +81,14 @@ def measure(
                 rows[row] = dict.fromkeys(UNITS)
                 continue
             bits, low, high = read(features, target, config, seed)
-            nulls = [read(features, other, config, seed)[0] for other in shuffled]
+            nulls = [read(features, other, config, seed) for other in shuffled]
             rows[row] = {
                 "usable_information": bits,
                 "low": low,
                 "high": high,
                 "share": bits / entropy if entropy else None,
-                "null": float(np.mean(nulls)) if nulls else None,
+                "null": float(np.mean([bits for bits, _, _ in nulls])) if nulls else None,
+                "null_high": max(high for _, _, high in nulls) if nulls else None,
             }
     except LmleakError as error:
         return Measurement({}, str(error))

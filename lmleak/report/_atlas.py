@@ -198,9 +198,9 @@ def _word(place: Place, level: float | None) -> tuple[str, str]:
 
 
 def _information(place: Place) -> tuple[float, float] | None:
-    """Lower end of usable information's interval above its null, and the information itself."""
+    """How far the lower end of usable information's interval is above its null's upper end, and the information."""
     measured = ((place.line.get("measures") or {}).get("usable_information") or {"all": {}})["all"]
-    values = [(measured.get(name) or {}).get("mean") for name in ("low", "null", "usable_information")]
+    values = [(measured.get(name) or {}).get("mean") for name in ("low", "null_high", "usable_information")]
     if values[0] is None or values[2] is None:
         return None
     return values[0] - max(values[1] or 0.0, 0.0), values[2]

@@ -191,6 +191,7 @@ def test_length_is_read_off_the_gram_view_and_not_off_one_shuffled(minilm):
     row = made.rows["*"]
     assert row["low"] > row["null"] + 0.04
     assert abs(row["null"]) < 0.1
+    assert row["null"] <= row["null_high"] < row["usable_information"]
     assert made.details["samples"] == len(batches)
     guessed = measure(minilm, batches, chosen, "attribute_inference", attribute="length", folds=2, view="gram")
     assert guessed.rows["*"]["accuracy"] > guessed.rows["*"]["majority"] + 0.1
