@@ -119,6 +119,7 @@ def load(config: Any, seed: int, family: ModuleType, kind: str) -> Victim:
                 local_files_only=True,
                 **kwargs,
             )
+            _loading.own_memory(module)
             name = f"{config.weights} sha256:{version}"
     size = getattr(config, "image_size", None) or settings.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)

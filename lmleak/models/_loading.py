@@ -120,9 +120,21 @@ def _pretrained(config: Config, seed: int, family: ModuleType, kind: str) -> tup
         raise ModelError(
             f"model.weights: '{config.weights}' lacks {len(missing)} parameters of the model's body, first {missing[0]}"
         )
+    own_memory(module)
     new = sorted({key.rsplit(".", 1)[0] for key in info["missing_keys"]})
     drawn = f" new: {', '.join(new)} (seed {seed})" if new else ""
     return module, tokenizer, f"{config.weights} sha256:{version}{drawn}"
+
+
+def own_memory(module: Any) -> None:
+    """Takes the weights out of the file they may be mapped from.
+
+    A mapped tensor starts where the file has it, 24 bytes past a cache line in MiniLM's; which way it is loaded depends
+    on the process group. Matrix kernels round by alignment: the same search found a sentence in one process and not
+    in one of two.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _random(config: Config, seed: int, family: ModuleType, kind: str) -> tuple[Any, Any, str]:
