@@ -36,6 +36,7 @@ class Workbench:
         self._changed: tuple[str, Victim] | None = None  # by a defense that changes the model
         self._batches: dict[str, list[Batch]] = {}
         self._selections: dict[str, Selection] = {}
+        self._told: tuple[str, dict[int, dict[str, Any]]] | None = None  # measures, by batch
 
     def victim(self, cell: Cell) -> Victim:
         """The cell's model, changed where the cell's defense does that.
@@ -152,10 +153,19 @@ class Workbench:
         """What the cell's measures say of one batch's release; None where it asks for none.
 
         Draws depend on (recipe seed, batch) alone, so settings of a sweep meet the same alternatives. What compares
-        many batches is told with the cell's first.
+        many batches is told with the cell's first. Cells that differ in their attack alone share what was measured.
         """
-        if not cell.recipe.measures or cell.control:
+        recipe = cell.recipe
+        if not recipe.measures or cell.control:
             return None
+        key = json.dumps([data_key(cell), selection_key(cell), recipe.defense, recipe.measures], sort_keys=True)
+        if self._told is None or self._told[0] != key:
+            self._told = key, {}
+        if index not in self._told[1]:
+            self._told[1][index] = self._measured(cell, index)
+        return self._told[1][index]
+
+    def _measured(self, cell: Cell, index: int) -> dict[str, Any]:
         from lmleak.measures import measure, over_data
 
         recipe, found = cell.recipe, {}

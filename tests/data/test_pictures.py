@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from lmleak import load_batches, load_model
+from lmleak.data import photos
 from lmleak.errors import DataError
 
 
@@ -112,6 +113,18 @@ def test_photos_are_colourful_and_all_there(rgb):
     assert torch.equal(batch.reference.images, other.reference.images)
     with pytest.raises(DataError, match="label"):
         load_batches(rgb, "photos")
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3])
+def test_tiles_are_the_photos_pieces(tiles):
+    whole, pieces = photos.load(photos.Config()), photos.load(photos.Config(tiles=tiles))
+    assert len(pieces.names) == len(set(pieces.names)) == len(pieces.labels) == tiles**2 * len(whole.names)
+    for place, label in enumerate(whole.labels):
+        own = [pieces.read(i) for i in range(place, len(pieces.names), len(whole.names))]
+        glued = np.vstack([np.hstack(own[row * tiles : (row + 1) * tiles]) for row in range(tiles)])
+        rows, columns = (side // tiles * tiles for side in whole.read(place).shape[:2])
+        np.testing.assert_array_equal(glued, whole.read(place)[:rows, :columns])
+        assert set(pieces.labels[place :: len(whole.names)]) == {label}
 
 
 def test_text_and_pictures_are_not_mixed_up(rgb, tiny_bert):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lmleak import load_batches, load_model, runs
+from lmleak import load_batches, load_model, measures, runs
 from lmleak.config import cells, load_recipe
 from lmleak.errors import RecipeError
 from lmleak.utility import _fit, fitted, score
@@ -44,6 +44,20 @@ def test_trained_and_fresh_models_are_cells_of_one_study_and_training_is_not_rep
     assert [line["measures"]["spectrum"]["rows"] for line in runs.read_results(again.path)] == [
         line["measures"]["spectrum"]["rows"] for line in runs.read_results(done.path)
     ]
+
+
+def test_cells_that_differ_in_their_attack_alone_share_their_measures(tmp_path, monkeypatch):
+    called, real = [], measures.measure
+    monkeypatch.setattr(measures, "measure", lambda *args, **fields: called.append(fields) or real(*args, **fields))
+    noised = {"kind": "gaussian_noise", "std": 1e-3}
+    settings = [["none", "span"], ["none", "embedding_rows"], [noised, "span"]]
+    sweep = {"sweep": [{"defense": [d], "attack": [a]} for d, a in settings]}
+    recipe = {**RECIPE, "train": None, "data": {**RECIPE["data"], "limit": 2}} | sweep
+    done = runs.run({name: value for name, value in recipe.items() if value is not None}, run_dir=tmp_path, quiet=True)
+    assert [fields["defense"]["kind"] for fields in called] == ["none"] * 2 + ["gaussian_noise"] * 2
+    norms = [line["measures"]["spectrum"]["rows"]["*"]["norm"] for line in runs.read_results(done.path)]
+    assert norms[:2] == norms[2:4]
+    assert [fields["seed"] for fields in called[2:]] == [fields["seed"] for fields in called[:2]]
 
 
 def test_training_learns_and_leaves_the_given_model_and_the_global_rng_alone(tiny_bert):
