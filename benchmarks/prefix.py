@@ -62,7 +62,7 @@ def run(options: argparse.Namespace, done: list[dict]) -> None:
                 for component in options.components:
                     selection = select(victim, components=[component], layers=[layer], parameters="weight")
                     for batch in batches:
-                        cell = (options.weights, task, b, layer, component)
+                        cell = (Path(options.weights).name, task, b, layer, component)
                         if (*cell, batch.index) in seen:
                             continue
                         observation = observe(victim, batch, selection)

@@ -16,6 +16,7 @@ from torch import Tensor
 from lmleak.attacks._evidence import Evidence, Rows
 from lmleak.attacks._prefix_forward import Prefix, Reader
 from lmleak.attacks._prefix_guess import SKETCH, Guess
+from lmleak.attacks._prefix_words import Words
 from lmleak.models._input import InputLayer
 
 SHORT = 128  #: screened tokens that are run through every module
@@ -55,7 +56,7 @@ class Beam:
         self,
         reader: Reader,
         witnesses: list[Witness],
-        words: Tensor,
+        words: Words,
         surprise: Tensor,
         layer: InputLayer | None,
         width: int,
@@ -63,7 +64,7 @@ class Beam:
         generator: torch.Generator,
         progress: Callable[[tuple[int, ...]], None],
     ):
-        """Args: words: [v, f] unit embeddings; surprise: [v] -2 log of a prior; layer: where the first witness reads
+        """Args: words: unit embeddings; surprise: [v] -2 log of a prior; layer: where the first witness reads
         it, layer 0's input in closed form."""
         self.reader, self.witnesses, self.words, self.surprise = reader, witnesses, words, surprise.double()
         self.layer, self.width, self.budget, self.generator, self.progress = layer, width, budget, generator, progress
@@ -177,10 +178,13 @@ class Beam:
                 break
             if float(cost.min()) < witness.evidence.tolerance and step > 256:
                 break
-            parts, constant = guess.project(rows.basis, rows.settled)
-            seen = (parts[0] + constant).square()
-            inside, length = seen[:, :-SKETCH], seen[:, -SKETCH:].sum(1)
-            order = witness.evidence.turn(rows, inside, (length - inside.sum(1)).clamp_min(1e-12), roughly=True)
+
+            def turned(coordinates: Tensor) -> Tensor:
+                seen = coordinates.square()
+                inside, length = seen[:, :-SKETCH], seen[:, -SKETCH:].sum(1)
+                return witness.evidence.turn(rows, inside, (length - inside.sum(1)).clamp_min(1e-12), roughly=True)
+
+            order = guess.project(rows.basis, rows.settled).scores(0, turned)
             step *= 2
             batch = order.masked_fill(~left, torch.inf).topk(min(step, int(left.sum())), largest=False).indices
         self.latest = guess

@@ -12,6 +12,7 @@ from lmleak.attacks._prefix_beam import Beam, Path, Witness
 from lmleak.attacks._prefix_forward import Prefix, Reader
 from lmleak.attacks._prefix_last import last_token
 from lmleak.attacks._prefix_sites import Site, rotary
+from lmleak.attacks._prefix_words import Words
 from lmleak.attacks._rowspace import known_input, matrix
 from lmleak.attacks._text import refuse, sentence
 from lmleak.records import Observation, Reconstruction, Victim
@@ -25,7 +26,7 @@ def noised(
     victim: Victim,
     observation: Observation,
     sites: list[Site],
-    words: Tensor,
+    words: Words,
     surprise: Tensor,
     width: int,
     budget: int,
@@ -36,7 +37,7 @@ def noised(
 
     Args:
         sites: observed modules, cheapest first.
-        words: [v, f] unit embeddings.
+        words: unit embeddings.
         surprise: [v] -2 log probability of each token before anything is seen.
         width: paths kept.
         budget: tokens run before it stops.

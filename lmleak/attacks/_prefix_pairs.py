@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lmleak.attacks._prefix_forward import Prefix, Reader
 from lmleak.attacks._prefix_guess import Guess, outside
+from lmleak.attacks._prefix_words import Words
 from lmleak.attacks._rowspace import RowSpace
 
 STARTS = 4  #: first tokens that second ones are ranked with
@@ -24,7 +25,7 @@ ROUNDS = 3  #: fits, each followed by twice as many of its best candidates
 TRIED = 48  #: second tokens that first ones are sought for
 
 MEET = 24  #: random directions outside the space that layer 0's pairs are matched in
-CHUNK = 1024  #: second tokens compared with all first ones at once
+CHUNK = 1024  #: second tokens compared with four times as many first ones at once
 
 Test = Callable[[Tensor], tuple[Tensor, Tensor]]  #: pairs [k, 2] -> features [k, d], residuals [k]; keeps the hits
 
@@ -32,7 +33,7 @@ Test = Callable[[Tensor], tuple[Tensor, Tensor]]  #: pairs [k, 2] -> features [k
 class Alternation:
     """Ranks second tokens, then goes through them; one call of `next` at a time, so that the caller can stop."""
 
-    def __init__(self, words: Tensor, order: Tensor, generator: torch.Generator):
+    def __init__(self, words: Words, order: Tensor, generator: torch.Generator):
         self.words, self.order, self.generator = words, order, generator
         self.steps: Iterator[None] | None = None
 
@@ -71,8 +72,7 @@ class Alternation:
             residual[batch] = found.float()
             guess = guess or Guess(self.words, 1, x.shape[1], before)
             guess.add(batch[:, None], x)
-            parts, constant = guess.project(space.basis)
-            order = outside(parts[0] + constant).masked_fill(residual < torch.inf, torch.inf)
+            order = guess.project(space.basis).scores(0, outside).masked_fill(residual < torch.inf, torch.inf)
             batch = order.topk(min(step, int((residual == torch.inf).sum())), largest=False).indices
             step *= 2
             if not len(batch):
@@ -91,8 +91,13 @@ def meeting(reader: Reader, space: RowSpace, v: int, count: int, generator: torc
         return torch.cat([reader.read([prefix], part[None])[0].float() @ aside for part in tokens.split(8 * CHUNK)])
 
     first, second = seen(Prefix()), seen(reader.extend(Prefix(), 0))
-    near = [torch.cdist(part, first).min(1) for part in second.split(CHUNK)]
-    distance, which = torch.cat([n.values for n in near]), torch.cat([n.indices for n in near])
+    distance, which = first.new_full((v,), torch.inf), torch.zeros(v, dtype=torch.long, device=reader.device)
+    for here in tokens.split(CHUNK):
+        for there in tokens.split(4 * CHUNK):
+            near = torch.cdist(second[here], first[there]).min(1)
+            better = near.values < distance[here]
+            distance[here] = torch.where(better, near.values, distance[here])
+            which[here] = torch.where(better, there[near.indices], which[here])
     best = distance.topk(min(count, v), largest=False).indices
     return torch.stack([which[best], best], 1)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from lmleak.attacks._prefix_forward import Prefix, Reader
 from lmleak.attacks._prefix_guess import Guess, best_pairs, outside
 from lmleak.attacks._prefix_pairs import Alternation, draw, meeting
+from lmleak.attacks._prefix_words import Words
 from lmleak.attacks._rowspace import RowSpace
 
 FIRST = 512  #: candidates run before the first fit, half in the prior's order and half drawn from the vocabulary
@@ -53,7 +54,7 @@ class Search:
         reader: Reader,
         space: RowSpace,
         kind: str,
-        words: Tensor,
+        words: Words,
         order: Tensor,
         batch_size: int,
         budget: int,
@@ -63,7 +64,7 @@ class Search:
         progress: Callable[[tuple[int, ...]], None],
         separate: bool = False,
     ):
-        """Args: words: [v, f] unit embeddings; order: [v] tokens, likely ones first; pools: position -> allowed
+        """Args: words: unit embeddings; order: [v] tokens, likely ones first; pools: position -> allowed
         tokens; first: what every sentence begins with, where that is known; separate: the module reads single tokens
         (layer 0), whatever stands before them."""
         self.reader, self.space, self.kind, self.words, self.order = reader, space, kind, words, order
@@ -135,8 +136,7 @@ class Search:
             elif node.guess is None or node.guess.weight < FIRST:
                 batch = self.sample(left, step)
             else:
-                parts, constant = node.guess.project(*self.rest())
-                scores = outside(parts[0] + constant).masked_fill(node.tried, torch.inf)
+                scores = node.guess.project(*self.rest()).scores(0, outside).masked_fill(node.tried, torch.inf)
                 best = scores.topk(min(step - step // 4, len(left)), largest=False).indices
                 # Frequent tokens are the ones a trained model treats least linearly.
                 likely = self.order[~node.tried[self.order]][: step // 4]
@@ -251,9 +251,8 @@ class Search:
             if root.guess is None:
                 pairs = torch.stack([draw(self.order, step, self.generator) for _ in range(2)], 1)
             else:
-                parts, constant = root.guess.project(self.space.basis)
                 width = min(v, WIDTH * max(1, root.spent // (8 * FIRST)))
-                pairs = best_pairs(parts, constant, width, 2 * step + len(seen))
+                pairs = best_pairs(root.guess.project(self.space.basis), width, 2 * step + len(seen))
                 fresh = [pair for pair in pairs.tolist() if tuple(pair) not in seen][: step // 4]
                 if not fresh:
                     break

@@ -25,6 +25,7 @@ from lmleak.attacks._prefix_last import last_token
 from lmleak.attacks._prefix_noise import noised
 from lmleak.attacks._prefix_search import Exhausted, Node, Search
 from lmleak.attacks._prefix_sites import Site, site, sites
+from lmleak.attacks._prefix_words import Words
 from lmleak.attacks._replay import replay
 from lmleak.attacks._rowspace import RowSpace, describe, dropped_out, known_input, matrix, row_space
 from lmleak.attacks._text import refuse, sentence, special_frame
@@ -84,7 +85,7 @@ def attack(
     if not space.rank or _noised(space):
         usable = sites(victim, observation)
         assert not isinstance(usable, str)  # `site` found one
-        words = _unit(victim)
+        words = Words(victim.module.get_input_embeddings().weight)
         surprise = torch.empty(len(words), device=words.device)
         surprise[_order(victim, config.prior)] = 2 * torch.arange(len(words), device=words.device).add(10.0).log()
         with frozen(victim.module), torch.no_grad():
@@ -108,7 +109,7 @@ def attack(
             reader,
             space,
             where.kind,
-            _unit(victim),
+            Words(victim.module.get_input_embeddings().weight),
             _order(victim, config.prior),
             observation.batch_size,
             config.max_candidates,
@@ -241,14 +242,6 @@ def _noised(space: RowSpace) -> bool:
     """Whether what lies behind the spectrum's edge is more than float32's rounding (1e-8 to 4e-7 of the first value,
     measured): weak rows may hide in it."""
     return len(space.spectrum) > space.rank and float(space.spectrum[space.rank]) > 1e-5 * float(space.spectrum[0])
-
-
-def _unit(victim: Victim) -> Tensor:
-    """[v, f] word embeddings, centred, of length 1."""
-    words = victim.module.get_input_embeddings().weight.detach().float()
-    words = words - words.mean(0)
-    # In place: one copy of the table, not two.
-    return words.div_(words.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 def _order(victim: Victim, prior: str | None) -> Tensor:

@@ -12,6 +12,7 @@ from lmleak.attacks import attack
 from lmleak.attacks._objective import frozen
 from lmleak.attacks._prefix_forward import Prefix, Reader
 from lmleak.attacks._prefix_pairs import Alternation
+from lmleak.attacks._prefix_words import Words
 from lmleak.attacks._rowspace import matrix, row_space
 from lmleak.attacks.prefix import _order
 from lmleak.data import load_batches
@@ -199,8 +200,7 @@ def test_pairs_are_found_one_after_the_other(classifier, tmp_path):
     ).gradients[entry.name]
     space = row_space([matrix(classifier.module, entry, gradient)])
     reader = Reader(classifier.module, entry.module)
-    words = classifier.module.get_input_embeddings().weight.detach()
-    words = words / words.norm(dim=1, keepdim=True)
+    words = Words(classifier.module.get_input_embeddings().weight)
     found = []
 
     def test(pairs):
