@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from lmleak.report import _heat, _palette, _study, _words
+from lmleak.report import _grade, _heat, _palette, _study, _words
 from lmleak.report._study import Place
 
 LEAST = 6  #: modules below which a rank correlation says nothing
@@ -64,15 +64,34 @@ def _reader(kind: str, name: str) -> Reader:
     return read
 
 
+def _modules(cells: Sequence[Place], metric: str | None) -> list[Place]:
+    """Of several attacks on the same modules the one that read most: what may be shared hangs on the best of them."""
+    found: dict[tuple[str, ...], Place] = {}
+    for place in cells:
+        key = (place.component, place.layer, place.defense, place.other, place.seed)
+        if key not in found or _worth(place, metric) > _worth(found[key], metric):
+            found[key] = place
+    return list(found.values())
+
+
+def _worth(place: Place, metric: str | None) -> float:
+    level = _attack(metric)(place) if metric else None
+    return -math.inf if metric is None or level is None else _grade.worth(metric, level)
+
+
 def maps(cells: Sequence[Place], metric: str | None) -> list[Map]:
     """The attack's map and every measure's, where several modules were measured; nothing else is an atlas."""
-    cells = [place for place in cells if not place.defended] or list(cells)
+    several = len({place.attack for place in cells}) > 1
+    cells = _modules([place for place in cells if not place.defended] or cells, metric)
     measured = readers(cells)
     if not measured or len({(place.component, place.layer) for place in cells}) < 2:
         return []
     drawn: dict[str, tuple[Reader, Callable[[float], str]]] = {}
     if metric:
-        drawn[f"attack: {_words.metric_name(metric)}"] = _attack(metric), lambda v: _words.percent(v, metric)
+        drawn[f"{'best attack' if several else 'attack'}: {_words.metric_name(metric)}"] = (
+            _attack(metric),
+            lambda v: _words.percent(v, metric),
+        )
     drawn |= {name: (read, _brief) for name, read in measured.items()}
     return [Map(name, _range(cells, read, show), _svg(cells, name, read, show)) for name, (read, show) in drawn.items()]
 
@@ -143,7 +162,7 @@ def links(cells: Sequence[Place], metric: str | None) -> list[Link]:
     """How far each measure foretells the attack: over the undefended modules that the attack applies to."""
     if not metric:
         return []
-    cells = [place for place in cells if not place.defended]
+    cells = _modules([place for place in cells if not place.defended], metric)
     score = _attack(metric)
     found = []
     for name, read in readers(cells).items():
@@ -172,27 +191,27 @@ def spearman(a: np.ndarray, b: np.ndarray, draws: int = 1000) -> tuple[float, fl
 
 def verdicts(cells: Sequence[Place], metric: str | None) -> list[Verdict]:
     """Modules from the most to the least that was found in them."""
-    cells = [place for place in cells if not place.defended]
+    cells = _modules([place for place in cells if not place.defended], metric)
     if not metric or not readers(cells):
         return []
     score, measured = _attack(metric), readers(cells)
 
     def order(place: Place) -> tuple[float, float]:
-        return -(score(place) or 0.0), -(_information(place) or (0.0, 0.0))[0]
+        return -_worth(place, metric), -(_information(place) or (0.0, 0.0))[0]
 
     return [
-        Verdict(place, *_word(place, score(place)), [_words.number(read(place)) for read in measured.values()])
+        Verdict(place, *_word(place, metric, score(place)), [_words.number(read(place)) for read in measured.values()])
         for place in sorted(cells, key=order)
     ]
 
 
-def _word(place: Place, level: float | None) -> tuple[str, str]:
+def _word(place: Place, metric: str, level: float | None) -> tuple[str, str]:
     told = _information(place)
-    if level:
+    if level is not None and _grade.recovered(metric, level):
         return "failed", "no: an attack reads it"
     if told and told[0] > 0:
         return "bad", "no: no attack here read it, but its gradient tells of the data"
-    if level == 0:
+    if level is not None:
         return "", "nothing was found; that is no proof"
     return "", f"unknown: {_words.STATUSES.get(place.status, place.status)}"
 

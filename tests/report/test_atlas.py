@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -44,6 +46,28 @@ def test_page_has_maps_and_an_answer_under_a_threat_model(folder):
     assert read == exact
     assert ("attn_query", "0") in read
     assert all("unknown" in one.text or one.text.startswith("no:") for one in found)
+
+
+def test_a_module_counts_by_the_best_of_its_attacks(folder):
+    cells = _study.places([_store.read(folder)])
+    failed = [
+        replace(place, attack="another", line={**place.line, "status": "not_applicable"})
+        for place in cells
+        if place.score("exact_match")
+    ]
+    assert _atlas.verdicts(failed + cells, "exact_match") == _atlas.verdicts(cells, "exact_match")
+    best = _atlas.maps(failed + cells, "exact_match")
+    assert best[0].title == "best attack: read word for word"
+    assert [one.svg for one in best[1:]] == [one.svg for one in _atlas.maps(cells, "exact_match")[1:]]
+    assert _atlas.links(failed + cells, "rougeL") == _atlas.links(cells, "rougeL")
+
+
+@pytest.mark.parametrize(("decibels", "read"), [(9.0, False), (30.0, True)])
+def test_a_picture_that_nobody_would_know_is_not_called_read(folder, decibels, read):
+    place = next(p for p in _study.places([_store.read(folder)]) if p.score("exact_match"))
+    seen = {**place.line, "scores_all": {"psnr": {"mean": decibels}}, "measures": {"spectrum": {"all": {"rank": None}}}}
+    (verdict,) = _atlas.verdicts([replace(place, line=seen)], "psnr")
+    assert ("an attack reads it" in verdict.text) == read
 
 
 def test_measures_over_the_data_are_told_once_and_the_others_with_every_batch(folder):
