@@ -24,11 +24,12 @@ import torch
 
 from lmleak import load_batches, load_model, select
 from lmleak.measures import measure
-from lmleak.records import Victim
+from lmleak.records import Measurement, Victim
 from lmleak.utility import fitted
 
 SAMPLES = 300
 SIZES = (1, 8)
+BATCHES = 16  #: whose sensitivity is averaged
 #: CIFAR-10's animals: bird, cat, deer, dog, frog, horse.
 ANIMALS = [2, 3, 4, 5, 6, 7]
 
@@ -62,14 +63,28 @@ def one(name: str, size: int, shared: Path, save: Path) -> None:
     chosen = select(victim, components=components, parameters="weight")
     for question, fields in left.items():
         start = time.process_time()
+        # A trained model is sure of most samples, and then no gradient depends on them: one batch would not do.
+        given = batches[:BATCHES] if question == "sensitivity" else [batches]
         kind = "sensitivity" if question == "sensitivity" else "usable_information"
-        given: Any = batches[0] if kind == "sensitivity" else batches
-        made = measure(victim, given, chosen, kind, **fields)
+        found = [measure(victim, one, chosen, kind, **fields) for one in given]
         order = {entry.module: entry.layer for entry in chosen.entries}
-        line = {"model": name, "batch_size": size, "question": question, "samples": len(batches), "rows": made.rows}
-        line |= {"layers": order, "reason": made.reason, "details": made.details, "fields": fields}
+        line = {"model": name, "batch_size": size, "question": question, "samples": len(batches), "rows": mean(found)}
+        line |= {"layers": order, "reason": found[0].reason, "details": found[0].details, "fields": fields}
         with open(save, "a", encoding="utf-8") as lines:
             lines.write(json.dumps({**line, "cpu_s": round(time.process_time() - start, 1)}) + "\n")
+
+
+def mean(found: Sequence[Measurement]) -> dict[str, dict[str, float | None]]:
+    """Mean rows of the same measure of several batches."""
+    first = found[0].rows
+    if len(found) == 1:
+        return {module: dict(row) for module, row in first.items()}
+    return {
+        module: {
+            name: sum(one.rows[module][name] for one in found) / len(found) for name in row if row[name] is not None
+        }
+        for module, row in first.items()
+    }
 
 
 def questions(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -85,7 +100,7 @@ def questions(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             # The client's task is another one, with one label for all its sentences: sentiment is latent.
             yield f"sentiment, task: another ({view})", {**common, "task_label": 1, "view": view}
             yield f"length ({view})", {**common, "attribute": "length", "task_label": 1, "view": view}
-    yield "sensitivity", {"draws": 16}
+    yield "sensitivity", {"draws": 4}
 
 
 def loaded(name: str, shared: Path) -> tuple[Victim, dict[str, Any], list[str]]:
