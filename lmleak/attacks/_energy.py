@@ -6,6 +6,7 @@ inputs lie in that space and fill it. Inputs of an encoder's module at any depth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Tally:
     """Of the sentences sent through the model: one for all scorers of an attack."""
 
     sentences: int = 0
+    limit: float = math.inf  #: beyond it `of_tokens` evaluates nothing
 
 
 class Scorer(Protocol):
@@ -84,8 +86,10 @@ class Judge(Scorer, Protocol):
 
 @torch.no_grad()
 def of_tokens(energy: Scorer, sentences: Tensor, ridge: float) -> Tensor:
-    """Energy [k] of token sequences [k, n]."""
-    return torch.cat([energy(energy.table[part], ridge)[0] for part in sentences.split(CHUNK)])
+    """Energy [k] of token sequences [k, n]; inf for those, but the first, that the tally's limit leaves no room for."""
+    room = int(min(len(sentences), max(1.0, energy.tally.limit - energy.tally.sentences)))
+    values = torch.cat([energy(energy.table[part], ridge)[0] for part in sentences[:room].split(CHUNK)])
+    return torch.nn.functional.pad(values, (0, len(sentences) - room), value=math.inf)
 
 
 def slope(energy: Scorer, embeds: Tensor, ridge: float | Tensor) -> Tensor:

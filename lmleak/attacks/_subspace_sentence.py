@@ -12,6 +12,7 @@ from torch import Tensor
 from lmleak.attacks._discrete import Search
 from lmleak.attacks._energy import Energy, Judge, Scorer
 from lmleak.attacks._energy_heads import HeadEnergy, Heads
+from lmleak.attacks._neighbours import Neighbours, Settled
 from lmleak.attacks._subspace_relax import Pool, Schedule, relax
 from lmleak.attacks._text import Frame, sentence
 from lmleak.records import Reconstruction, Victim
@@ -19,7 +20,7 @@ from lmleak.records import Reconstruction, Victim
 FRESH = 2  #: every so many rounds start over the whole vocabulary, those between over the tokens met so far
 HEADS_RIDGE = 10.0  #: of heads' values, which repeat each other more than inputs do, over that of inputs
 RIDGE = 1e-4  #: of the discrete energy: above float32's rounding of X X^T, below what separates sentences
-
+DOUBTED = 0.5  #: probability among its neighbours below which an answer says so in words
 
 Best = tuple[float, tuple[int, ...]]  #: an energy and its sentence
 
@@ -43,6 +44,9 @@ class Landscape:
     fine: Scorer
     judge: Judge
     ridge: float = 1.0  #: factor on the relaxation's
+    grain: float = RIDGE  #: of `fine`
+    noised: bool = False  #: whether the judge cannot tell a sentence from its neighbours, so that these are scored
+    resized: bool = False  #: whether neighbours may be longer or shorter
 
 
 def landscape(energy: Energy, heads: list[Heads]) -> Landscape:
@@ -72,7 +76,11 @@ class SentenceSearch:
         self.length, self.free = length, length - frame.size
         self.words = vocabulary(victim).to(self.energy.table.device)
         first = len(frame.first)
-        self.search = Search(landscape.fine, self.words, first, first + self.free, RIDGE, config.shortlist)
+        self.grain = landscape.grain
+        self.search = Search(landscape.fine, self.words, first, first + self.free, self.grain, config.shortlist)
+        self.near = Neighbours(self.search, length, landscape.resized) if landscape.noised else None
+        self.settled: Settled | None = None
+        self.energy.tally.limit = config.budget
 
     def run(self, details: dict, start: tuple[int, ...] | None = None, pool: Tensor | None = None) -> Reconstruction:
         """Rounds until the sentence is found or the budget spent.
@@ -94,7 +102,7 @@ class SentenceSearch:
             spent = self.energy.tally.sentences
             end = self.search.descend(start, seen, spent + max(0, config.budget - spent) // 2)
             best, verdict = self._widened((self.search.scores[end], end), seen)
-        while verdict >= 1 and (not rounds or self.energy.tally.sentences < config.budget):
+        while verdict >= 1 and (not rounds or self.energy.tally.sentences + self._round(rounds) <= config.budget):
             hint, trust = self._trust(best[1]) if best else (None, None)
             fresh = seen is None or rounds % FRESH == 0
             words = self.words if seen is None or fresh else seen.unique()
@@ -115,21 +123,50 @@ class SentenceSearch:
                 end = self.search.descend(start, seen, config.budget)
                 value = self.search.scores[end]
                 if best is None or value < best[0]:
-                    best, verdict = (value, end), self._verdict(end)
-                    self.progress(f"energy {value:.3f}: {self._text(end)}")
+                    best, verdict = self._judged((value, end))
+                    self.progress(f"energy {best[0]:.3f}: {self._text(best[1])}")
                 if verdict < 1 or self.energy.tally.sentences >= config.budget:
                     break
             if verdict >= 1 and best is not None:
                 best, verdict = self._widened(best, seen)
             rounds += 1
         assert best is not None
+        return self._answer(best, verdict, rounds, details)
+
+    def _round(self, rounds: int) -> int:
+        """Evaluations that the relaxation of a round takes at most, a backward pass counted as two."""
+        return 3 * self.config.steps * self.config.restarts * (1 if rounds % FRESH == 0 else 2)
+
+    def _answer(self, best: Best, verdict: float, rounds: int, details: dict) -> Reconstruction:
         found = {"energy": best[0], "verdict": verdict, "rounds": rounds, "evaluations": self.energy.tally.sentences}
-        details = details | found | {"length": self.length}
+        details = details | found | {"length": len(best[1])}
+        if verdict < 1 and self.near is not None:
+            return self._likeliest(best[1], details)
         if verdict < 1:
             return sentence(self.victim, [best[1]], [1.0 - 0.5 * max(0.0, verdict)], details)
         why = f"not found: the best sentence misses the gradient's floor {verdict:.1f} times over"
         confidence = [min(0.4, 0.5 / verdict)]
         return sentence(self.victim, [best[1]], confidence, details, status="budget_exhausted", reason=why)
+
+    def _likeliest(self, tokens: tuple[int, ...], details: dict) -> Reconstruction:
+        """The answer under noise: as sure as the sentence is likely among its neighbours."""
+        settled = self.settled
+        if settled is None or settled.tokens != tokens or not settled.probability:
+            why = "not found: the budget ended before all neighbours of the best sentence were tried"
+            return sentence(self.victim, [tokens], [0.0], details, status="budget_exhausted", reason=why)
+        details = details | {"neighbours": settled.neighbours, "rival": settled.rival}
+        why = f"the noise leaves other words as likely: the nearest sentence is {settled.rival:.1f} nats away"
+        doubt = why if settled.probability < DOUBTED else None
+        return sentence(self.victim, [tokens], [settled.probability], details, reason=doubt)
+
+    def _judged(self, best: Best) -> tuple[Best, float]:
+        """The verdict on a sentence; under noise on the best that its neighbours lead to."""
+        verdict = self._verdict(best[1])
+        if verdict >= 1 or self.near is None:
+            return best, verdict
+        self.settled = self.near.settle(best[1])
+        end = self.settled.tokens
+        return (self.search.scores[end], end), self._verdict(end)
 
     def _widened(
         self, best: tuple[float, tuple[int, ...]], seen: Tensor
@@ -138,10 +175,10 @@ class SentenceSearch:
 
         As long as they help would spend half of a budget on one sentence: MiniLM, attention output of layer 4, 9 words.
         """
-        verdict = self._verdict(best[1])
+        best, verdict = self._judged(best)
         if verdict >= 1 and best[1] not in self.search.wide and self.energy.tally.sentences < self.config.budget:
             end = self.search.descend(self.search.widen(best[1]), seen, self.config.budget)
-            best, verdict = (self.search.scores[end], end), self._verdict(end)
+            best, verdict = self._judged((self.search.scores[end], end))
         return best, verdict
 
     def _verdict(self, tokens: tuple[int, ...]) -> float:
@@ -157,7 +194,7 @@ class SentenceSearch:
         """The free tokens of a sentence, and a probability for each that falls with its residual's rank."""
         ids = torch.tensor(tokens, device=self.energy.table.device)
         with torch.no_grad():
-            residual = self.search.energy(self.energy.table[ids][None], RIDGE)[1][0]
+            residual = self.search.energy(self.energy.table[ids][None], self.grain)[1][0]
         start = len(self.frame.first)
         free = residual[start : start + self.free]
         rank = free.argsort().argsort().float() / max(1, self.free - 1)

@@ -20,7 +20,8 @@ from lmleak.attacks import span
 from lmleak.attacks._applicability import Reading
 from lmleak.attacks._energy import Energy, Site, site
 from lmleak.attacks._energy_heads import Heads, heads
-from lmleak.attacks._energy_likelihood import Likelihood, lengths, noised
+from lmleak.attacks._energy_likelihood import lengths, noised
+from lmleak.attacks._energy_marginal import GRAIN, Marginal
 from lmleak.attacks._replay import replay
 from lmleak.attacks._rowspace import dropped_out, known_input, weights
 from lmleak.attacks._subspace_batch import batch
@@ -37,6 +38,7 @@ Number = Annotated[float, Field(gt=0)]
 
 __all__ = ["COMPONENTS", "EXAMPLE", "Config", "attack", "reads", "replay"]
 
+SHALLOW = 2  #: observed layers that are read under noise: deeper ones cost more and say the same
 IMAGES = True  #: reads pictures too, see `_subspace_pixels`
 COMPONENTS = ("attn_query", "attn_key", "attn_value", "attn_output", "ffn_in", "ffn_out")
 EXAMPLE = {
@@ -141,7 +143,8 @@ def _noised(
 ) -> Reconstruction:
     """One sentence under noise or rounding: lengths by what the likelihood says of them, then the same search."""
     layers = victim.module.config.num_hidden_layers
-    parts = [noised(victim, observation, e) for e in entries if e.layer != layers - 1]
+    readable = sorted({e.layer for e in entries if e.layer is not None and e.layer != layers - 1})[:SHALLOW]
+    parts = [noised(victim, observation, e) for e in entries if e.layer in readable]
     if not parts:
         return refuse("not_applicable", "under noise the last layer's few directions are not read")
     details: dict = {"rank": max(one.site.space.rank for one in parts), "noise": max(p.variance for p in parts) ** 0.5}
@@ -151,7 +154,7 @@ def _noised(
         return refuse("no_signal", why, details)
     frame = special_frame(victim, knowledge)
     energy = Energy(victim, [one.site for one in parts])
-    likelihood = Likelihood(energy, parts)
+    likelihood = Marginal(energy, parts)
     most = victim.module.config.max_position_embeddings - 2
     tried = knowledge.lengths or lengths(parts, known_input(victim), frame.last[0] if frame.last else None, most)
     tried = [n for n in tried if n > frame.size]
@@ -163,10 +166,11 @@ def _noised(
             spent = 1.0 if turn + 1 == len(tried) else 1 - 0.5 ** (turn + 1)
             share = config.model_copy(update={"budget": int(config.budget * spent)})
             exact = n == max(one.site.tokens for one in parts)
-            ground = Landscape(energy if exact else likelihood, likelihood, likelihood)
+            coarse, open_length = energy if exact else likelihood, knowledge.lengths is None
+            ground = Landscape(coarse, likelihood, likelihood, grain=GRAIN, noised=True, resized=open_length)
             start = first_layer(parts, known_input(victim), frame, n, words)
             found = SentenceSearch(share, ground, victim, frame, n, generator, progress).run(details, start)
-            if best is None or found.details["verdict"] < best.details["verdict"]:
+            if best is None or found.status == "ok" or found.details["energy"] < best.details["energy"]:
                 best = found
             if best.status == "ok":
                 break
