@@ -16,8 +16,8 @@ from lmleak.records import Entry, Observation, Victim
 STEP = 10.0
 ROUNDING = 1e-6
 # Share of a sentence's input outside the space below which it is proven. MiniLM, layers 0 to 3, query, key and ffn_out,
-# 2 to 16 sentences: the truth at 3e-7 to 3e-5, one word exchanged at 0.07 or more, also where the spectrum falls by 13
-# only: the middle of that edge, 0.28, would accept it.
+# 4, 8 and 16 sentences, and nothing else: the truth at 3e-7 to 3e-5, one word exchanged at 0.07 or more, also where the
+# spectrum falls by 13 only: the middle of that edge, 0.28, would accept it.
 PROOF = 1e-3
 
 

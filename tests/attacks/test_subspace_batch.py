@@ -188,6 +188,18 @@ def test_changes_that_help_are_made_together(deep, found):
     assert found.score([wrong, truth]) == found.score([wrong]) + found.score([truth])
 
 
+def test_a_word_that_stands_elsewhere_in_another_word_s_stead_is_put_right(minilm, deep, found):
+    truth = sentences_of(deep[1])[0]
+    frame, draw = special_frame(minilm, Knowledge()), torch.Generator().manual_seed(0)
+    search = BatchSearch(found, frame, torch.arange(1000, 3000), None, 8, 10_000, draw)
+    true = sorted({t for tokens in sentences_of(deep[1]) for t in tokens[1:-1]})
+    search.words = Words(found.energy, frame, torch.tensor(true), len(truth), 1e-4, draw)
+    wrong = (truth[0], 2003, *truth[1:3], *truth[4:])  # a word too many before, one missing behind
+    assert len(wrong) == len(truth)
+    assert search._replanted(wrong) == truth
+    assert search._replanted(truth) == truth
+
+
 def test_the_scan_keeps_every_true_word_of_a_thousand(minilm, deep, found):
     true = {t for tokens in sentences_of(deep[1]) for t in tokens[1:-1]}
     words = torch.tensor(sorted(true | set(range(2000, 3000))))
