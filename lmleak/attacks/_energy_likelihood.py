@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from lmleak.attacks._energy import Site
-from lmleak.attacks._evidence import noise_level
+from lmleak.attacks._evidence import noise_level, rounding
 from lmleak.attacks._rowspace import RowSpace, matrix
 from lmleak.models._input import InputLayer
 from lmleak.records import Entry, Observation, Victim
-
-DRAWS = 3  #: of rounding noise; the largest singular value of them is where directions begin to speak
 
 
 @dataclass(frozen=True)
@@ -45,31 +43,14 @@ def noised(victim: Victim, observation: Observation, entry: Entry) -> Noised:
     variance, rank = noise_level(energy, *g.shape)
     columns = torch.full((g.shape[1],), variance * g.shape[0], dtype=torch.float64, device=g.device)
     spread = variance * (2.0 * g.numel()) ** 0.5
-    if observed.dtype in (torch.float16, torch.bfloat16):
-        step = _step(observed)
-        rounding = step.square() / 12
-        draw = torch.Generator().manual_seed(0)
-        errors = [
-            (torch.rand(g.shape, generator=draw, dtype=torch.float64).to(g.device) - 0.5) * step for _ in range(DRAWS)
-        ]
-        top = max(float(torch.linalg.matrix_norm(e, 2)) for e in errors)
-        above = int((energy > top**2).sum())
-        # The tail of rounded numbers is no plain noise: it speaks only where it is larger than rounding explains.
-        if float(energy[above:].sum()) < 2 * float(rounding.sum()):
-            columns, rank = rounding.sum(0), above
-            spread = float((2 * rounding.square().sum()).sqrt())
+    coarse = rounding(observed)
+    if coarse is not None:
+        columns, spread, rank = coarse.columns, coarse.spread, coarse.rank
     basis = right[:rank]
     gap = float((energy[rank - 1] / energy[rank].clamp_min(1e-300)).sqrt()) if 0 < rank < len(energy) else 1.0
     space = RowSpace(basis, energy.sqrt(), gap)
     site = Site(entry, space, basis.float(), entry.component == "attn_key")
     return Noised(site, g, columns, spread)
-
-
-def _step(values: Tensor) -> Tensor:
-    """Distance to the next number of the format, float64."""
-    kind = torch.finfo(values.dtype)
-    exponent = torch.frexp(values.double().abs().clamp_min(kind.tiny)).exponent - 1
-    return torch.ldexp(torch.full_like(values, kind.eps, dtype=torch.float64), exponent)
 
 
 def lengths(parts: Sequence[Noised], layer: InputLayer | None, last: int | None, most: int) -> list[int]:

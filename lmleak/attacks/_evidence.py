@@ -17,6 +17,22 @@ TAIL = 3.3  #: Tracy-Widom (beta 1) at 99.9 %: so far above its mean, in its own
 HALVES = (torch.bfloat16, torch.float16)
 LEAN = 128  #: directions below the noise's edge that the screening of the whole vocabulary looks along
 HALVINGS = 40  #: of the interval that holds the secular equation's root: more than float32 resolves
+DRAWS = 3  #: of rounding noise; the largest singular value of them is where directions begin to speak
+SURE = 5.0  #: standard deviations of the noise's energy: beyond it, rows have left something unexplained
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What the number format of a rounded gradient [o, d] says of its noise."""
+
+    columns: Tensor  #: [d] float64, expected energy of the noise in every column
+    spread: float  #: standard deviation of the noise's energy
+    rank: int  #: directions that rise above it
+
+    def above(self, gradient: Tensor, frame: Tensor) -> float:
+        """What orthonormal rows frame [n, d] leave of the gradient [o, d] above the expected rounding, as energy."""
+        left = float((gradient - gradient @ frame.T @ frame).square().sum())
+        return left - float((self.columns * (1 - frame.square().sum(0)).clamp_min(0)).sum())
 
 
 @dataclass(frozen=True)
@@ -32,12 +48,14 @@ class Evidence:
     """One module's gradient [o, d] under noise."""
 
     def __init__(self, gradient: Tensor):
-        g = gradient.double()
+        self.raw = g = gradient.double()
         self.out, self.d = g.shape
         # Rounding moves every value in proportion to itself: with rows and columns of like size, the error is nearly
-        # even. Nearly: 26 directions rise above it where 13 tokens stand, so that a sentence's end is not seen.
+        # even. Nearly: 26 directions rise above it where 13 tokens stand. What rows leave unexplained is told from it
+        # by the format's own steps instead.
         self.columns = g.new_ones(self.d)
-        if rounded(gradient):
+        self.rounding = rounding(gradient)
+        if self.rounding is not None:
             rows, self.columns = (g.square().mean(i).clamp_min(1e-300).rsqrt() for i in (1, 0))
             g = g * rows[:, None] * self.columns
         self.gradient = g
@@ -47,8 +65,8 @@ class Evidence:
         energy, vectors = energy.flip(0).clamp_min(0), vectors.flip(1)
         self.noise, self.rank = noise_level(energy, self.out, self.d)
         # The attacker's own forward rounds: a strong row that is off by so little leaves energy that is no other row's.
-        rounding = 4 * torch.finfo(torch.float32).eps * self.d**0.5
-        self.noise = max(self.noise, float(energy[0]) * rounding**2 / edge(self.out, self.d))
+        off = 4 * torch.finfo(torch.float32).eps * self.d**0.5
+        self.noise = max(self.noise, float(energy[0]) * off**2 / edge(self.out, self.d))
         self.edge = edge(self.out, self.d) * self.noise
         self.rank = min(self.rank, int((energy > self.edge).sum()))
         top = vectors[:, : self.rank]
@@ -82,6 +100,14 @@ class Evidence:
         # The k-th direction is off by noise of variance sigma^2 E / (E - floor)^2 in every coordinate.
         strength = (energy[:left] - floor).square() / energy[:left]
         return Rows(right[:left], strength, settled)
+
+    def left(self, rows: Rows) -> int:
+        """Directions that no settled row explains: none, under rounding, once the rest is what rounding leaves."""
+        if self.rounding is not None and len(rows.settled):
+            frame = torch.linalg.qr((rows.settled / self.columns).T).Q.T
+            if self.rounding.above(self.raw, frame) < SURE * self.rounding.spread:
+                return 0
+        return len(rows.basis)
 
     def cost(self, rows: Rows, x: Tensor) -> Tensor:
         """Likelihood lost by forcing x [..., d] into the rows, in units of -2 log p, about 0 for a true row.
@@ -151,9 +177,28 @@ def _off(x: Tensor, frame: Tensor) -> Tensor:
     return x - (x @ frame.T) @ frame
 
 
-def rounded(gradient: Tensor) -> bool:
-    """Whether every value is one that half precision has: a gradient that was released in it."""
-    return any(bool((gradient == gradient.to(kind).to(gradient.dtype)).all()) for kind in HALVES)
+def rounding(gradient: Tensor) -> Rounding | None:
+    """What rounding to half precision did to a gradient [o, d] whose every value has that format, whatever tensor
+    carries it; None for others, and where more is left behind the directions that speak than rounding explains."""
+    kind = next((kind for kind in HALVES if bool((gradient == gradient.to(kind).to(gradient.dtype)).all())), None)
+    if kind is None:
+        return None
+    step = _step(gradient, torch.finfo(kind))
+    error, draw = step.square() / 12, torch.Generator().manual_seed(0)
+    draws = [torch.rand(step.shape, generator=draw, dtype=torch.float64).to(step.device) - 0.5 for _ in range(DRAWS)]
+    top = max(float(torch.linalg.matrix_norm(one * step, 2)) for one in draws)
+    energy = torch.linalg.svdvals(gradient.double()).square()
+    rank = int((energy > top**2).sum())
+    # The tail of rounded numbers is no plain noise: it speaks only where it is larger than rounding explains.
+    if 2 * rank > len(energy) or float(energy[rank:].sum()) >= 2 * float(error.sum()):
+        return None
+    return Rounding(error.sum(0), float((2 * error.square().sum()).sqrt()), rank)
+
+
+def _step(values: Tensor, kind: torch.finfo) -> Tensor:
+    """Distance to the next number of the format, float64."""
+    exponent = torch.frexp(values.double().abs().clamp_min(kind.tiny)).exponent - 1
+    return torch.ldexp(torch.full_like(values, kind.eps, dtype=torch.float64), exponent)
 
 
 def edge(out: int, d: int) -> float:

@@ -42,11 +42,7 @@ class Path:
     cost: float = 0.0
     margins: list[float] = field(default_factory=list)  #: per position, posterior of the token among all tested
     fits: list[bool] = field(default_factory=list)  #: per position, whether some module takes it for a true row
-
-    @property
-    def left(self) -> int:
-        """Directions above the noise that no token explains yet, in the module with most of them."""
-        return max(len(rows.basis) for rows in self.rows)
+    left: int = 1  #: directions above the noise that no token explains yet, in the module with most of them
 
 
 class Beam:
@@ -90,7 +86,8 @@ class Beam:
     def ended(self, path: Path) -> float:
         """Cost of a path that ends here: what it leaves unexplained would all be noise."""
         return path.cost + sum(
-            float(rows.strength.sum()) / w.evidence.noise for w, rows in zip(self.witnesses, path.rows, strict=True)
+            float(rows.strength.sum()) / w.evidence.noise if path.left else 0.0
+            for w, rows in zip(self.witnesses, path.rows, strict=True)
         )
 
     def step(self, beam: list[Path]) -> list[Path]:
@@ -118,7 +115,8 @@ class Beam:
             xs = [x[i, at] for x in features]
             rows, origins = self.settle(path, xs)
             prefix = self.reader.extend(path.prefix, int(tokens[i, at]))
-            out.append(Path(prefix, rows, origins, cost, [*path.margins, chance_], [*path.fits, fit]))
+            left = max(w.evidence.left(r) for w, r in zip(self.witnesses, rows, strict=True))
+            out.append(Path(prefix, rows, origins, cost, [*path.margins, chance_], [*path.fits, fit], left))
         return out
 
     def costs(self, path: Path, features: list[Tensor]) -> list[Tensor]:

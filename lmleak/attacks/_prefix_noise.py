@@ -95,6 +95,9 @@ def _answer(
         return refuse("no_signal", "no token's input fits what rises above the noise", details)
     # Directions that stay unexplained, or tokens that no module takes for true, say that the sentence is not whole.
     share = sum(path.fits) / (len(path.fits) + path.left)
+    if any(w.evidence.rounding is not None for _, w in pairs):
+        # The number format says what rounding leaves: nothing else explains so much of the gradient.
+        share = 0.0 if path.left else 1.0
     certain = 1.0
     for margin in path.margins:
         certain *= margin

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lmleak.attacks._prefix_forward import Prefix, Reader
 from lmleak.attacks._prefix_guess import Guess, best_pairs, outside
-from lmleak.attacks._prefix_pairs import Alternation, draw, meeting
+from lmleak.attacks._prefix_meet import Meeting, draw, matched
 from lmleak.attacks._prefix_words import Words
 from lmleak.attacks._rowspace import RowSpace
 
@@ -70,7 +70,7 @@ class Search:
         self.reader, self.space, self.kind, self.words, self.order = reader, space, kind, words, order
         self.batch_size, self.budget, self.generator, self.pools = batch_size, budget, generator, pools
         self.progress, self.separate = progress, separate
-        self.alternation: Alternation | None = None
+        self.meeting: Meeting | None = None
         self.root = Node(Prefix())
         self.first = first
         self.found = 0
@@ -91,10 +91,11 @@ class Search:
                 node = queue.pop(0)
                 room = self.batch_size - len(self.leaves()) + node.leaf
                 if room > 0:
-                    first = allowance > 4 * FIRST or node is self.root or len(node.prefix.tokens) == 0
-                    self.expand(node, allowance, room if first else 1)
+                    # Beginnings, then one continuation each. Pairs are dear: one, and see first where it leads.
+                    several = allowance > 4 * FIRST or (node is self.root and (self.kind == "all" or self.separate))
+                    self.expand(node, allowance, room if several else 1)
                 queue.extend(node.children)
-            if allowance >= 4 * v:
+            if allowance >= 4 * max(v, 4 * FIRST):
                 return
             allowance *= 4
 
@@ -116,7 +117,7 @@ class Search:
                 self.grow(node, self.first, None, None, x if self.kind == "differences" else None)
             return
         if node is self.root and self.kind != "all":
-            self.expand_pairs(allowance, want)
+            self.expand_pairs(want)
             return
         pool = self.pools(len(node.prefix.tokens))
         if node.tried is None:
@@ -232,22 +233,22 @@ class Search:
         nearest = min(node.rival.nearest, 1.0) if node.rival else 1.0
         return max(0.0, 1 - (node.misfit or 0.0) / nearest)
 
-    def expand_pairs(self, allowance: int, want: int) -> None:
+    def expand_pairs(self, want: int) -> None:
         """The first two tokens at once, where the space does not hold the first one's input by itself."""
         root = self.root
         v, device = len(self.words), self.words.device
         goal = len(self.leaves()) - root.leaf + want
         if self.separate:
-            self.test_pairs(meeting(self.reader, self.space, v, max(64, 4 * self.batch_size), self.generator))
+            self.test_pairs(matched(self.reader, self.space, v, max(64, 4 * self.batch_size), self.generator))
             return
         seen: set[tuple[int, int]] = set()
-        allowance = 8 * min(allowance, 4 * FIRST)
         step = 4 * FIRST
 
         def missing() -> bool:
             return len(self.leaves()) - root.leaf < goal and self.found < self.space.rank
 
-        while missing() and root.spent < allowance:
+        # A model near its random start is linear enough for this; a trained one is met in the middle below.
+        while missing() and root.spent < 8 * FIRST:
             if root.guess is None:
                 pairs = torch.stack([draw(self.order, step, self.generator) for _ in range(2)], 1)
             else:
@@ -260,10 +261,11 @@ class Search:
             seen.update(map(tuple, pairs.tolist()))
             for part in pairs.split(FIRST):
                 self.test_pairs(part)
-        if missing() and self.alternation is None:
-            self.alternation = Alternation(self.words, self.order, self.generator)
-        while missing() and self.alternation is not None and self.alternation.next(self.pair_residuals, self.space):
-            pass
+        if missing() and self.meeting is None:
+            self.meeting = Meeting(self.reader, self.space, self.kind, self.order, self.generator)
+        while missing() and self.meeting is not None and self.meeting.next(self.pair_residuals):
+            if self.reader.evaluated > self.budget:
+                raise Exhausted
 
     def pair_residuals(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Tests pairs [k, 2]; features [k, d] and residuals [k]."""
