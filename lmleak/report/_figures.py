@@ -122,7 +122,7 @@ def choices(cells: Sequence[Place], trained: Sequence[Mapping[str, Any]], metric
     """Defenses that were both attacked and trained under: the most that any attack read, beside what is left of use."""
     found = []
     for line in trained:
-        same = [p for p in cells if strength(_defense(p)) == strength(line["defense"])]
+        same = [p for p in cells if strength(_defense(p)) == strength(_trained_under(line))]
         levels = [(level, p) for p in same if (level := _settings.level(p, metric))]
         if levels:
             worst, place = max(levels, key=lambda pair: pair[0]["mean"])
@@ -140,6 +140,17 @@ def _beats(other: tuple[str, Any, Any, str], one: tuple[Any, Any]) -> bool:
 
 def _defense(place: Place) -> Mapping[str, Any]:
     return place.setting.get("defense") or {"kind": "none"}
+
+
+def _trained_under(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The defense with its noise, where it was calculated from an epsilon."""
+    from lmleak.defenses import dp_sgd
+
+    defense = line["defense"]
+    if defense.get("kind") != "dp_sgd" or defense.get("noise_multiplier") is not None:
+        return defense
+    config = dp_sgd.Config(**{name: value for name, value in defense.items() if name != "kind"})
+    return {**defense, "noise_multiplier": dp_sgd.sigma(config)}
 
 
 def strength(defense: Mapping[str, Any]) -> str:

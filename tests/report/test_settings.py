@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import folders
@@ -135,6 +136,19 @@ def test_utility_is_joined_by_what_noises_not_by_what_is_accounted(folder, cells
     assert found[1].attack == "likelihood"
     assert found[1].leak["mean"] == pytest.approx(0.9 - 0.125 - 0.2)
     assert not _figures.choices(cells, [{**trained[0], "defense": defense(0.3)}], "token_accuracy", "accuracy")
+
+
+def test_utility_joins_where_noise_was_calculated_from_an_epsilon(folder, cells):
+    from lmleak.defenses._calibration import noise_for_epsilon
+
+    trained = _compare.trained_of([_store.read(folder)])
+    under = {"kind": "dp_sgd", "max_grad_norm": 1.0, "noise_multiplier": None, "epsilon": 20.0, "delta": 1e-5}
+    sigma = noise_for_epsilon(20.0, 1e-5, 1.0, 1)
+    place = next(p for p in cells if _settings.noise(p) == 0.1 and p.status == "ok")
+    same = replace(place, setting={**place.setting, "defense": {**under, "noise_multiplier": sigma}})
+    line = {**trained[0], "defense": under}
+    assert [c.attack for c in _figures.choices([same], [line], "token_accuracy", "accuracy")] == [place.attack]
+    assert not _figures.choices([place], [line], "token_accuracy", "accuracy")
 
 
 def test_a_defense_beaten_on_both_sides_is_no_choice():
