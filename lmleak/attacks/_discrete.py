@@ -14,6 +14,7 @@ from lmleak.attacks._energy import Scorer, of_tokens, slope
 WIDE = 512  #: words tried at one place where nothing else helps: the true one was found 179th by its estimate
 PLACES = 2  #: with the largest residuals, where they are tried
 SHIFTS = 4  #: moves of one word, the least harmful, after which as many words are tried in its new place
+ASSIGNED = 8  #: places with the largest residuals whose words are dealt out anew, all at once
 ALL = 20  #: free places up to which every move is looked at; beyond it, those to the largest residuals
 
 
@@ -53,8 +54,8 @@ class Search:
         self.score([sentence])
         while self.energy.tally.sentences < limit and sentence not in self.local:
             slope = self._slope(sentence)
-            for changes in (self._replaced(sentence, slope, pool), self._reordered(sentence, slope, pool)):
-                better = self._best(sentence, changes)
+            for changes in (self._replaced, self._dealt, self._reordered):
+                better = self._best(sentence, changes(sentence, slope, pool))
                 if better != sentence:
                     break
             else:
@@ -70,10 +71,7 @@ class Search:
         4, 13 words. Neither deletion nor insertion helps alone, and first-order estimates of shifts are worth nothing.
         """
         self.wide.add(sentence)
-        table = self.energy.table
-        with torch.no_grad():
-            embeds = table[torch.tensor(sentence, device=table.device)][None]
-            worst = self.energy(embeds, self.ridge)[1][0].argsort(descending=True).tolist()
+        worst = self._worst(sentence)
         places = [i for i in worst if i in self.places][:PLACES]
         targets = list(self.places)
         if len(targets) > ALL:
@@ -175,6 +173,32 @@ class Search:
                 inserted += [(*other[:j], token, *other[j + 1 :]) for token in choice.tolist()]
         width = self.shortlist * len(places)
         return [s for kind in (swaps, moves, inserted) for s in self._estimated(sentence, slope, kind, width)]
+
+    def _dealt(self, sentence: tuple[int, ...], slope: Tensor, pool: Tensor) -> list[tuple[int, ...]]:
+        """The words of the worst places, each where its own residual fits best: one assignment for a whole permutation.
+
+        Right words in a wrong order often need three places changed at once: MiniLM, query of layer 1, 28 words, where
+        no swap, move or replacement helped after 20,000 sentences.
+        """
+        from scipy.optimize import linear_sum_assignment
+
+        places = [i for i in self._worst(sentence) if i in self.places][:ASSIGNED]
+        words = [sentence[i] for i in places]
+        tried = torch.tensor([(*sentence[:i], word, *sentence[i + 1 :]) for i in places for word in words])
+        with torch.no_grad():
+            residuals = self.energy(self.energy.table[tried.to(slope.device)], self.ridge)[1]
+        own = torch.tensor(places, device=slope.device).repeat_interleave(len(words))
+        costs = residuals.gather(1, own[:, None]).view(len(places), len(words))
+        dealt = list(sentence)
+        for row, column in zip(*linear_sum_assignment(costs.cpu().numpy()), strict=True):
+            dealt[places[row]] = words[column]
+        return [tuple(dealt)]
+
+    def _worst(self, sentence: tuple[int, ...]) -> list[int]:
+        """Positions, the largest residual first."""
+        with torch.no_grad():
+            embeds = self.energy.table[torch.tensor(sentence, device=self.energy.table.device)][None]
+            return self.energy(embeds, self.ridge)[1][0].argsort(descending=True).tolist()
 
     def _estimated(
         self, sentence: tuple[int, ...], slope: Tensor, others: list[tuple[int, ...]], width: int

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lmleak.attacks._discrete import WIDE, Search
 from lmleak.attacks._energy import Tally, of_tokens, slope
@@ -50,6 +52,16 @@ def test_a_word_beyond_the_shortlist_is_found_where_the_residual_is_largest(sear
     assert search.score([wrong])[0] > 0.5
     assert search.widen(wrong) == TRUTH
     assert wrong in search.wide
+
+
+@given(order=st.permutations(range(1, len(TRUTH) - 1)))
+@settings(max_examples=30, deadline=None)
+def test_right_words_in_any_order_are_dealt_out_at_once(order):
+    search = Search(Landscape(TRUTH), torch.arange(2, WORDS), 1, len(TRUTH) - 1, 0.0, 8)
+    mixed = (TRUTH[0], *(TRUTH[i] for i in order), TRUTH[-1])
+    before = search.energy.tally.sentences
+    assert search._dealt(mixed, torch.zeros(0), torch.zeros(0)) == [TRUTH]
+    assert search.energy.tally.sentences == before + 1 + len(order) ** 2
 
 
 def test_a_doubled_word_gives_way_to_the_missing_last_one(search):
