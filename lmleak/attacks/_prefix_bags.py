@@ -5,14 +5,15 @@ for the rows that pass, gives each one's output gradient. In every head that of 
 k_j - k_p over the tokens j before it in its own sentence: p directions of the head's width. So each token finds the
 prefix it belongs to; one that two sentences share at a place, both. Where a word stands at two places, and another at
 one of them, the norm being affine, that other word at the second place lies in the space as well (see `span`): then
-more pairs pass than the rank counts, and there is no answer.
+more pairs pass than the rank counts. Which of them are too many shows as well: with the right ones gone, every output
+gradient fits a prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, islice
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from lmleak.records import Observation, Reconstruction, Victim
 CHUNK = 8192  #: tokens tested at once
 #: Share of an output gradient off its own prefix's directions: 1e-6 to 1e-4 measured; off another's, 0.1 or more.
 OFF = 0.01
+EXTRA = 2  #: pairs too many that are told apart: with more, the ways to leave them out are thousands
+TRIES = 128  #: ways to leave pairs out
 
 
 @dataclass
@@ -103,9 +106,14 @@ def pools(victim: Victim, observation: Observation) -> Callable[[int], Tensor | 
 
 
 def chains(
-    layer: InputLayer, packed: nn.Module, heads: int, found: list[list[tuple[int, float]]], query: Tensor
+    layer: InputLayer,
+    packed: nn.Module,
+    heads: int,
+    found: list[list[tuple[int, float]]],
+    query: Tensor,
+    strict: bool = False,
 ) -> list[Chain]:
-    """The sentences (leaves of the tree that they share beginnings in).
+    """The sentences (leaves of the tree that they share beginnings in); with `strict`, none unless all tokens fit one.
 
     Args:
         layer: what layer 0 reads.
@@ -142,6 +150,8 @@ def chains(
                 grown.append(_extend(parent, token, key, delta, 1 - off / max(second, 1e-300)))
                 continue
             parents, margin = _parents(live, key, delta)
+            if strict and margin <= 0:
+                return []
             grown += [_extend(parent, token, key, delta, margin) for parent in parents]
         live = roots if p == 0 else grown
     return _leaves(roots)
@@ -190,7 +200,7 @@ def several(victim: Victim, observation: Observation, where: Site, space: RowSpa
     layer, entry = known_input(victim), where.query
     if layer is None or entry is None or layer.position is None:
         return refuse("not_applicable", "the input of layer 0 is not known in closed form for this family")
-    found = singles(layer, space, int(where.kind == "but_first"), observation.batch_size)
+    found = singles(layer, space, int(where.kind == "but_first"), observation.batch_size, whole=True)
     packed = victim.module.get_submodule(where.module)
     query = matrix(victim.module, entry, observation.gradients[entry.name])
     query = query[: query.shape[0] // 3] if entry.component == "attn_qkv" else query
@@ -198,12 +208,19 @@ def several(victim: Victim, observation: Observation, where: Site, space: RowSpa
     details = describe(space) | {"module": where.module, "features": count}
     if not any(found):
         return refuse("no_signal", "no token's input lies in the observed space", details)
-    if count > space.rank or max(map(len, found)) > observation.batch_size:
-        why = f"{count} pairs of word and position lie in a space of rank {space.rank}: words repeat"
+    if count < space.rank:
+        why = f"{count} pairs of word and position lie in a space of rank {space.rank}"
         return refuse("no_signal", why, details)
+    leaves: list[Chain] = []
     with torch.no_grad():
-        leaves = chains(layer, packed, victim.module.config.num_attention_heads, found, query)
-    complete, sentences, confidence = count == space.rank, [], []
+        for some in islice(readings(layer, found, space.rank, observation.batch_size), TRIES):
+            leaves = chains(layer, packed, victim.module.config.num_attention_heads, some, query, count > space.rank)
+            if leaves:
+                break
+        else:
+            why = f"{count} pairs of word and position lie in a space of rank {space.rank}: words repeat"
+            return refuse("no_signal", why, details)
+    sentences, confidence = [], []
     predicted = sum(len(leaf.tokens) for leaf in leaves)
     for leaf in leaves:
         tokens, margin = list(leaf.tokens), leaf.margin
@@ -214,8 +231,31 @@ def several(victim: Victim, observation: Observation, where: Site, space: RowSpa
             margin = min(margin, 1 - best / max(second, 1e-300))
             tokens.append(end)
         sentences.append(tokens)
-        confidence.append(max(0.0, margin) if complete else 0.0)
-    if complete and min(confidence) > 0:
+        confidence.append(max(0.0, margin))
+    if min(confidence) > 0:
         return sentence(victim, sentences, confidence, details)
-    why = f"{count} of {space.rank} tokens found, and not all fit a sentence"
+    why = f"{space.rank} tokens found, and not all fit a sentence"
     return sentence(victim, sentences, confidence, details, status="no_signal", reason=why)
+
+
+def readings(
+    layer: InputLayer, found: list[list[tuple[int, float]]], rank: int, many: int
+) -> Iterator[list[list[tuple[int, float]]]]:
+    """`found` without as many pairs as are more than the rank, in every way that leaves independent inputs, and up to
+    `many` tokens a position."""
+    places = [(p, i) for p, place in enumerate(found) for i in range(len(place))]
+    tokens = torch.tensor([found[p][i][0] for p, i in places], device=layer.word.device)
+    positions = torch.tensor([p for p, _ in places], device=layer.word.device)
+    rows = torch.nn.functional.normalize(layer.rows(tokens, positions, dtype=torch.float64), dim=1)
+    # [n - rank, n]: how the inputs depend on each other. One that takes no part is true.
+    ways = torch.linalg.svd(rows.T).Vh[rank:]
+    if len(ways) > EXTRA:
+        return
+    doubtful = (ways.norm(dim=0) > 1e-3).nonzero().flatten().tolist()
+    for out in combinations(doubtful, len(ways)):
+        if len(out) and float(torch.linalg.svdvals(ways[:, list(out)])[-1]) < 1e-3:
+            continue
+        gone = {places[at] for at in out}
+        kept = [[hit for i, hit in enumerate(place) if (p, i) not in gone] for p, place in enumerate(found)]
+        if max(map(len, kept)) <= many:
+            yield kept

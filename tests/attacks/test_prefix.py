@@ -143,6 +143,16 @@ def test_layer_0_tells_whose_each_token_is(request, tmp_path, victim, component)
     assert sorted(result.tokens) == sorted(batch.reference.tokens)
 
 
+@pytest.mark.parametrize("component", ["attn_query", "attn_qkv"])
+def test_layer_0_leaves_out_the_word_that_only_the_norm_puts_there(tiny_gpt2, tmp_path, component):
+    """`a` at places 1 and 3 and `b` at 1: the space holds `b` at 3 as well."""
+    batch = _batch(tiny_gpt2, tmp_path, ["xayak", "zbqu"])
+    result = _run(tiny_gpt2, batch, component, 0)
+    assert result.details["features"] == result.details["rank"] + 1
+    assert result.status == "ok", result.reason
+    assert sorted(result.tokens) == sorted(batch.reference.tokens)
+
+
 def test_layer_0_says_when_repeated_words_hide_whose_they_are(classifier, tmp_path):
     batch = _batch(classifier, tmp_path, ["Rain on Oslo.", "She sold it", "Run!"])
     result = _run(classifier, batch, "attn_query", 0)
