@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lmleak.gradients.factors import Factor, LowRank, capture, inner, low_rank, squared_norms
-from lmleak.gradients.losses import forward, sample_losses
+from lmleak.gradients.losses import additions, forward, sample_losses
 from lmleak.gradients.moved import Move, moved
 from lmleak.records import Entry, Observation, Victim
 
@@ -143,7 +143,12 @@ class Objective:
             "attention_mask": self.mask.repeat(k, 1),
             "position_ids": self._positions(s).expand(k * b, -1),
         }
-        return self._losses(self._logits(self.victim.module, inputs), labels.flatten(0, 1))
+        module = self.victim.module
+        with additions(module) as added:
+            losses = self._losses(self._logits(module, inputs), labels.flatten(0, 1))
+        for own in added:
+            losses = losses + (own / b if self.reduction == "mean" else own)
+        return losses
 
     def _logits(self, module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         if self.victim.task != "sequence-classification" or not self.victim.family.CAUSAL:

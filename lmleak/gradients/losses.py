@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -48,18 +49,25 @@ def model_losses(
     Returns:
         [b]
     """
-    parts = [part for part in module.modules() if hasattr(part, "added")]
-    for part in parts:
-        part.added = []  # type: ignore[assignment]
-    try:
+    with additions(module) as added:
         losses = sample_losses(forward(module, inputs, parameters), labels, task, reduction)
-        for part in parts:
-            for own in part.added:  # type: ignore[union-attr]
-                losses = losses + (own / len(own) if reduction == "mean" else own)
+    for own in added:
+        losses = losses + (own / len(own) if reduction == "mean" else own)
+    return losses
+
+
+@contextmanager
+def additions(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, a list that grows by what the model's own modules add to each sample's loss, [b] a module and pass."""
+    parts = [part for part in module.modules() if hasattr(part, "added")]
+    found: list[Tensor] = []
+    for part in parts:
+        part.added = found  # type: ignore[assignment]
+    try:
+        yield found
     finally:
         for part in parts:
             part.added = None  # type: ignore[assignment]
-    return losses
 
 
 def _defaults(module: nn.Module) -> dict:

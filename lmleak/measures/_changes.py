@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lmleak.errors import LmleakError
 from lmleak.gradients import factors
-from lmleak.gradients.losses import forward, sample_losses
+from lmleak.gradients.losses import model_losses
 from lmleak.gradients.observe import client_mode, whole_model
 from lmleak.records import Batch, Entry, Victim
 
@@ -160,7 +160,7 @@ def _factors(victim: Victim, part: Sequence[Sample], entries: Sequence[Entry]) -
     inputs = {name: torch.cat([one[0][name] for one in part]) for name in part[0][0]}
     labels = torch.cat([one[1] for one in part])
     with client_mode(victim) as module, factors.capture(module, entries) as tape:
-        return tape.factors(sample_losses(forward(module, inputs), labels, victim.task, "sum"))
+        return tape.factors(model_losses(module, inputs, labels, victim.task, "sum"))
 
 
 def _wide(use: factors.Factor) -> factors.Factor:

@@ -61,7 +61,7 @@ def measure(
 
     from lmleak.defenses import gaussian
     from lmleak.gradients import factors
-    from lmleak.gradients.losses import forward, sample_losses
+    from lmleak.gradients.losses import model_losses
     from lmleak.gradients.observe import client_mode
     from lmleak.measures._release import ALL, modules, shares
     from lmleak.seeds import drawn
@@ -80,7 +80,7 @@ def measure(
             _leaf(victim, inputs) as leaf,
             factors.capture(module, selection.entries) as tape,
         ):
-            losses = sample_losses(forward(module, inputs), labels, victim.task, "sum") * share
+            losses = model_losses(module, inputs, labels, victim.task, "sum") * share
             uses = tape.factors(losses, create_graph=True)
             x = leaf()
             width += x[0].numel()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lmleak.gradients.losses import forward, sample_losses
+from lmleak.gradients.losses import model_losses
 from lmleak.records import Batch, Victim
 from lmleak.seeds import derive, generator
 from lmleak.utility._score import together
@@ -94,7 +94,7 @@ def _train(
                 for group in optimizer.param_groups:
                     group["lr"] = block["lr"] * (1 - done / total)
                 batch = together([records[i] for i in order[start : start + size]], victim)
-                loss = sample_losses(forward(module, batch.inputs), batch.labels, victim.task, "mean").sum()
+                loss = model_losses(module, batch.inputs, batch.labels, victim.task, "mean").sum()
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lmleak import attack, grant, load_batches, load_model, observe, score, select
 from lmleak.attacks._codes import codes, given
+from lmleak.attacks._objective import Layout, Objective
 from lmleak.defenses import install
 from lmleak.errors import LmleakError, SelectionError
+from lmleak.gradients.losses import model_losses
 from lmleak.gradients.observe import ClientGradients
+from lmleak.measures import measure
 
 PRECODE = {"kind": "precode", "size": 32}
 
@@ -160,3 +164,33 @@ def test_codes_that_cannot_be_read(plain, defended):
     assert "not both observed" in codes(seen(defended, layers=[0])[0], defended)
     made = attack(seen(defended, size=2)[0], defended, "inverting_gradients", noise="solved")
     assert made.status == "not_applicable"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_matching_words_counts_the_divergence(tiny_bert, reduction):
+    """No distance at the truth: with the client's draw, what an attack matches is the client's whole loss."""
+    victim = install(tiny_bert, PRECODE | {"kl_weight": 10.0})
+    batch = load_batches(victim, "sample", limit=2, batch_size=2, max_length=6)[0]
+    chosen = select(victim, target_modules=["*_bottleneck.*"])
+    losses = model_losses(victim.module, batch.inputs, batch.labels, victim.task, reduction)
+    own = torch.autograd.grad(losses.sum(), [victim.module.get_parameter(e.parameter) for e in chosen.entries])
+    observation = replace(
+        observe(victim, batch, chosen, PRECODE),
+        gradients={e.name: g for e, g in zip(chosen.entries, own, strict=True)},
+        reduction=reduction,
+    )
+    lengths = tuple(batch.inputs["attention_mask"].sum(1).tolist())
+    objective = Objective(victim, observation, Layout(lengths), "cosine")
+    embeds = victim.module.get_input_embeddings()(batch.inputs["input_ids"])[None]
+    assert float(objective(embeds, batch.labels[None]).detach()) < 1e-4
+
+
+def test_measures_count_the_divergence(plain):
+    """Where it is nearly all of the loss, a thousand times its weight is a thousand times the sensitivity."""
+    found = []
+    for weight in (1e4, 1e7):
+        victim = install(plain, PRECODE | {"kl_weight": weight})
+        batch = seen(victim)[1]
+        chosen = select(victim, target_modules=["hidden.0"], parameters="weight")
+        found.append(measure(victim, batch, chosen, "sensitivity", draws=4, seed=1).rows["hidden.0"]["sensitivity"])
+    assert found[1] / found[0] == pytest.approx(1000, rel=1e-2)

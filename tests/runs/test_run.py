@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,6 +135,17 @@ def test_what_is_wrong_is_known_before_anything_runs(recipe, puppet, tmp_path, f
     with pytest.raises(error, match=re.escape(says)):
         run({**recipe, field: value}, root=tmp_path / "runs", quiet=True)
     assert not puppet.calls
+    assert not (tmp_path / "runs").exists()
+
+
+def test_seeds_and_batches_are_not_both_split_between_processes(recipe, puppet, tmp_path, monkeypatch):
+    shared = {**recipe, "attack": {"kind": "gradinversion", "across_processes": True}}
+    shared["sweep"] = {"seed": [0, 1]}
+    for main, error, says in ((True, RunError, "across_processes"), (False, SystemExit, "2")):
+        two = SimpleNamespace(num_processes=2, is_main_process=main)
+        monkeypatch.setattr("lmleak.runs.execute.ranks.join", lambda two=two: two)
+        with pytest.raises(error, match=says):
+            run(shared, root=tmp_path / "runs", quiet=True)
     assert not (tmp_path / "runs").exists()
 
 
