@@ -41,7 +41,9 @@ class BatchSearch:
         self.found, self.energy, self.frame, self.vocabulary = found, found.energy, frame, vocabulary
         self.places, self.shortlist, self.budget, self.generator = places, shortlist, budget, generator
         self.guesses: dict[int, tuple[float, Sentence]] = {}  #: best of each length that is not the truth
-        self.ends: set[Sentence] = set()  #: of descents since the last sentence found
+        # Ends of descents since the last sentence found. Draws keep away from them: five rounds in a row ended in
+        # "the dodgers beat the red sox and were beaten by giants." else, one word short of the truth.
+        self.ends: set[Sentence] = set()
         self.rounds = 0
 
     def run(self) -> None:
@@ -67,7 +69,7 @@ class BatchSearch:
         draws = STARTS
         while found.missing and self.lengths() and self.energy.evaluations < self.budget:
             for _ in range(draws):
-                drawn += self.words.sample(self.lengths(), DRAWN, found.sentences)
+                drawn += self.words.sample(self.lengths(), DRAWN, [*found.sentences, *self.ends])
             if self._round(sorted(set(drawn))[:STARTS]):
                 self.guesses.clear()
                 self.ends.clear()
@@ -109,7 +111,16 @@ class BatchSearch:
     def descend(self, tokens: Sentence) -> Sentence:
         """Best sentence reached by changes, the cheap kinds first, until none helps or the budget is spent."""
         while self.energy.evaluations < self.budget:
-            for changes in (self._replaced, self._reordered, self._resized, self._any, self._replanted, self._fresh):
+            kinds = (
+                self._replaced,
+                self._reordered,
+                self._resized,
+                self._any,
+                self._replanted,
+                self._grown,
+                self._fresh,
+            )
+            for changes in kinds:
                 better = changes(tokens)
                 if better != tokens:
                     break
@@ -151,17 +162,21 @@ class BatchSearch:
                     others.append(tuple(moved))
         return self.found.together(tokens, list(dict.fromkeys(others)))
 
-    def _resized(self, tokens: Sentence) -> Sentence:
+    def _resized(self, tokens: Sentence, count: int | None = CHOICES) -> Sentence:
         """One word more or less, by energy a token."""
         lengths, others = self.lengths(), [tokens]
         if len(tokens) + 1 in lengths and len(tokens) < self.words.longest:
             for i in (*self._free(tokens), self._free(tokens).stop):
-                more = self.words.choices(i - self._first, CHOICES)
+                more = self.words.choices(i - self._first, count)
                 others += [(*tokens[:i], word, *tokens[i:]) for word in more]
         if len(tokens) - 1 in lengths:
             others += [(*tokens[:i], *tokens[i + 1 :]) for i in self._free(tokens)]
         values = [value / len(other) for value, other in zip(self.found.score(others), others, strict=True)]
         return others[min(range(len(others)), key=values.__getitem__)]
+
+    def _grown(self, tokens: Sentence) -> Sentence:
+        """`_resized` by any word in play: one that stands where it was never drawn is no likely choice there."""
+        return self._resized(tokens, None)
 
     def _replanted(self, tokens: Sentence) -> Sentence:
         """One word taken out and one put in elsewhere: the most promising of the first, each with all of the second.

@@ -18,7 +18,7 @@ from lmleak.attacks._energy import slope
 
 WORDS = 256  #: tried at each place: half by the slope, half by how near their embeddings are
 FEW = 64  #: of them tried where the best of these is `CLEAR` nats from the sentence
-CLEAR = 60.0
+CLEAR = 30.0  #: all other words together are then unlikely
 INSERTED = 16  #: tried in each gap
 TOLD = 0.5  #: nats by which a neighbour has to be better: float32's rounding of the inputs moves the values by less
 
