@@ -20,7 +20,7 @@ from lmleak.attacks import span
 from lmleak.attacks._applicability import Reading
 from lmleak.attacks._energy import Energy, Site, site
 from lmleak.attacks._energy_heads import Heads, heads
-from lmleak.attacks._energy_likelihood import lengths, noised
+from lmleak.attacks._energy_likelihood import Noised, lengths, noised
 from lmleak.attacks._energy_marginal import GRAIN, Marginal
 from lmleak.attacks._replay import replay
 from lmleak.attacks._rowspace import dropped_out, known_input, weights
@@ -28,7 +28,7 @@ from lmleak.attacks._subspace_batch import batch
 from lmleak.attacks._subspace_first import first_layer
 from lmleak.attacks._subspace_pixels import attack_pixels, reads_pixels
 from lmleak.attacks._subspace_rows import hidden
-from lmleak.attacks._subspace_sentence import Landscape, SentenceSearch, landscape, vocabulary
+from lmleak.attacks._subspace_sentence import DOUBTED, Landscape, SentenceSearch, landscape, vocabulary
 from lmleak.attacks._subspace_words import guess
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
 from lmleak.records import Entry, Knowledge, Observation, Reconstruction, Victim
@@ -39,6 +39,7 @@ Number = Annotated[float, Field(gt=0)]
 __all__ = ["COMPONENTS", "EXAMPLE", "Config", "attack", "reads", "replay"]
 
 SHALLOW = 2  #: observed layers that are read under noise: deeper ones cost more and say the same
+FIRST = 0.75  #: of the budget for the first of them
 IMAGES = True  #: reads pictures too, see `_subspace_pixels`
 COMPONENTS = ("attn_query", "attn_key", "attn_value", "attn_output", "ffn_in", "ffn_out")
 EXAMPLE = {
@@ -141,23 +142,55 @@ def _noised(
     generator: torch.Generator,
     progress: Callable[[str], None],
 ) -> Reconstruction:
-    """One sentence under noise or rounding: lengths by what the likelihood says of them, then the same search."""
-    layers = victim.module.config.num_hidden_layers
-    readable = sorted({e.layer for e in entries if e.layer is not None and e.layer != layers - 1})[:SHALLOW]
-    parts = [noised(victim, observation, e) for e in entries if e.layer in readable]
-    if not parts:
+    """One sentence under noise or rounding: from the shallowest layer observed, from the next too where that is open.
+
+    MiniLM, 30 tokens, noise 1e-4: layer 0 alone is as clear, 60 CPU seconds, as both layers are, 192.
+    """
+    last = victim.module.config.num_hidden_layers - 1
+    layers = sorted({e.layer for e in entries if e.layer is not None and e.layer != last})[:SHALLOW]
+    if not layers:
         return refuse("not_applicable", "under noise the last layer's few directions are not read")
-    details: dict = {"rank": max(one.site.space.rank for one in parts), "noise": max(p.variance for p in parts) ** 0.5}
+    parts = [noised(victim, observation, e) for e in entries if e.layer in layers]
+    noise = max(p.variance for p in parts) ** 0.5
+    details: dict = {"rank": max(one.site.space.rank for one in parts), "noise": noise}
     if not details["rank"]:
         gap = max(one.site.space.gap for one in parts)
         why = f"no spectrum has an edge or a direction above its noise (largest step {gap:.1f})"
         return refuse("no_signal", why, details)
-    frame = special_frame(victim, knowledge)
+    frame, best, spent = special_frame(victim, knowledge), None, 0
+    for depth in range(1, len(layers) + 1):
+        some = [one for one in parts if one.site.entry.layer in layers[:depth]]
+        if not any(one.site.space.rank for one in some):
+            continue
+        share = config.budget * (1.0 if depth == len(layers) else FIRST) - spent
+        effort = config.model_copy(update={"budget": max(1, int(share))})
+        start = (*frame.first, *best.tokens[0], *frame.last) if best is not None and best.tokens else None
+        best = _likeliest(effort, some, start, knowledge, victim, frame, generator, progress, details)
+        spent += best.details.get("evaluations", 0)
+        if best.status == "ok" and best.confidence[0] >= DOUBTED:
+            break
+    return (
+        replace(best, details=dict(best.details) | {"evaluations": spent}) if best else refuse("no_signal", "", details)
+    )
+
+
+def _likeliest(
+    config: Config,
+    parts: list[Noised],
+    begun: tuple[int, ...] | None,
+    knowledge: Knowledge,
+    victim: Victim,
+    frame: Frame,
+    generator: torch.Generator,
+    progress: Callable[[str], None],
+    details: dict,
+) -> Reconstruction:
+    """The likeliest sentence of some modules: lengths by what these say of them, or that of the sentence begun with."""
     energy = Energy(victim, [one.site for one in parts])
-    likelihood = Marginal(energy, parts)
+    judge = Marginal(energy, parts)
     most = victim.module.config.max_position_embeddings - 2
     tried = knowledge.lengths or lengths(parts, known_input(victim), frame.last[0] if frame.last else None, most)
-    tried = [n for n in tried if n > frame.size]
+    tried = [len(begun)] if begun else [n for n in tried if n > frame.size]
     best: Reconstruction | None = None
     words = vocabulary(victim).to(energy.table.device)
     with energy.attached():
@@ -166,9 +199,9 @@ def _noised(
             spent = 1.0 if turn + 1 == len(tried) else 1 - 0.5 ** (turn + 1)
             share = config.model_copy(update={"budget": int(config.budget * spent)})
             exact = n == max(one.site.tokens for one in parts)
-            coarse, open_length = energy if exact else likelihood, knowledge.lengths is None
-            ground = Landscape(coarse, likelihood, likelihood, grain=GRAIN, noised=True, resized=open_length)
-            start = first_layer(parts, known_input(victim), frame, n, words)
+            coarse, open_length = energy if exact else judge, knowledge.lengths is None
+            ground = Landscape(coarse, judge, judge, grain=GRAIN, noised=True, resized=open_length)
+            start = begun or first_layer(parts, known_input(victim), frame, n, words)
             found = SentenceSearch(share, ground, victim, frame, n, generator, progress).run(details, start)
             if best is None or found.status == "ok" or found.details["energy"] < best.details["energy"]:
                 best = found
