@@ -46,6 +46,7 @@ def section(cells: Sequence[Place], trained: Sequence[Mapping[str, Any]]) -> dic
     costs = _settings.costs(cells)
     return {
         "hues": hues,
+        "batches": min(len(place.run.batches.get(place.cell, {})) for place in cells),
         "by_epsilon": [(m, _figures.by_epsilon(panels[m], hues, m, m == "token_accuracy")) for m in shown if panels[m]],
         "bounded": any(panel.bound for panel in panels.get("token_accuracy", ())),
         "distance": _figures.by_distance(tokens, hues, candidates),
