@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from lmleak.attacks._likelihood_moves import Space
 from lmleak.attacks._likelihood_score import Candidate, Scorer
-from lmleak.attacks._likelihood_search import Search, Space
+from lmleak.attacks._likelihood_search import Search
 
 BLIND = 16  #: sentences drawn without the gradient; the best of them is what has to be beaten
 OTHERS = 3  #: drawn words that each word found is compared with

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from lmleak import registry
+from lmleak.attacks._likelihood_moves import Space
 from lmleak.attacks._likelihood_prior import log_prior
 from lmleak.attacks._likelihood_score import Candidate, Scorer
-from lmleak.attacks._likelihood_search import STARTS, LogPrior, Search, Space
+from lmleak.attacks._likelihood_search import STARTS, LogPrior, Search
 from lmleak.attacks._likelihood_verdict import Verdict, hopeless, judge
+from lmleak.attacks._likelihood_words import evidence, frequency
 from lmleak.attacks._objective import frozen
 from lmleak.attacks._prior import Task
 from lmleak.attacks._rowspace import dropped_out
@@ -32,7 +35,9 @@ Positive = Annotated[int, Field(gt=0)]
 
 ROUNDS = 4  #: how often each of several sentences is sought, given the others
 CLEAR = 2.0  #: a matrix whose energy is this many times its noise's is clean enough for the exact attacks
-EVIDENCE = 12.0  #: standard deviations at which one row of the token table is as likely as a row can be
+LOOK = 0.6  #: share of the budget spent on the upper layers alone, where they hold most of the signal
+HEARD = 16  #: drawn sentences that say how large output gradients are
+KEPT = 6  #: best sentences of the first look that the whole release is asked about
 #: An easy case, for the contract tests.
 EXAMPLE = {
     "fields": {"budget": 600, "shortlist": 16},
@@ -98,9 +103,10 @@ def attack(
         drawn = Search(scorer, spaces[0], config.shortlist, draw, None).fresh(STARTS)
         lost = None if prior else hopeless(scorer, spaces[0], drawn, config.risk)
     if lost is not None:
-        return refuse("no_signal", lost, {"evaluations": scorer.evaluations, "noise": scorer.noise})
+        return refuse("no_signal", lost, {"evaluations": round(scorer.evaluations), "noise": scorer.noise})
     starts = _exact(config, observation, knowledge, victim, generator, scorer, frame, spaces)
     with frozen(victim.module):
+        spaces = _told(config, victim, scorer, spaces, draw)
         found, verdicts, spent = _sought(config, victim, scorer, spaces, starts, weighed, generator, progress)
     details = {
         "labels": [one.label for one in found],
@@ -139,7 +145,7 @@ def _sought(
     progress: Callable[[str], None],
 ) -> tuple[list[Candidate], list[Verdict], int]:
     """The sentences, what may be said of each, and the evaluations spent."""
-    b, found, spent = len(spaces), list(starts), 0
+    b, found, spent = len(spaces), list(starts), 0.0
     verdicts: list[Verdict | None] = [None] * b
     rounds = ROUNDS if b > 1 else 1
     show = lambda one: progress(victim.processor.decode(list(one.tokens), skip_special_tokens=True))  # noqa: E731
@@ -153,12 +159,20 @@ def _sought(
                 if j != i and other is not None:
                     rest = {name: rest[name] - part for name, part in scorer.total(other).items()}
             aimed = scorer.aimed(rest, scorer.noise)
-            search = Search(aimed, space, config.shortlist, generator, prior)
-            found[i] = search.run(config.budget // rounds, show, found[i])
+            search, limit = Search(aimed, space, config.shortlist, generator, prior), config.budget / rounds
+            begun = [one for one in found[i : i + 1] if one is not None]
+            # A third of the modules does not tell lengths apart.
+            upper = None if begun or len(space.lengths) > 1 else aimed.upper()
+            if upper is not None:
+                first = Search(upper, space, config.shortlist, generator, prior)
+                first.run(LOOK * limit, show)
+                begun = sorted(first.local or first.known, key=first.known.__getitem__, reverse=True)[:KEPT]
+                limit, spent = limit - upper.evaluations, spent + upper.evaluations
+            found[i] = search.run(limit, show, begun)
             if turn + 1 == rounds:
                 verdicts[i] = judge(aimed, search, space, config.risk, generator)
             spent += aimed.evaluations
-    return [one for one in found if one is not None], [v for v in verdicts if v is not None], spent
+    return [one for one in found if one is not None], [v for v in verdicts if v is not None], round(spent)
 
 
 def _spaces(
@@ -175,8 +189,7 @@ def _spaces(
     size = min(len(scorer.table), len(victim.processor))
     texts = victim.processor.convert_ids_to_tokens(list(range(size)))
     words = torch.tensor([i for i in range(size) if i not in special and not str(texts[i]).startswith("[unused")])
-    weights = torch.ones(len(words)) if counts is None else counts[words]
-    weights = weights * _evidence(scorer)[words]
+    weights = (frequency(victim) if counts is None else counts)[words]
     classes = tuple(range(victim.module.config.num_labels)) if victim.task == "sequence-classification" else (0,)
     longest = min(config.longest, getattr(victim.module.config, "max_position_embeddings", config.longest) - 2)
     any_length = tuple(range(frame.size + 2, max(longest, frame.size + 2) + 1))
@@ -190,19 +203,17 @@ def _spaces(
     return out
 
 
-def _evidence(scorer: Scorer) -> torch.Tensor:
-    """How much likelier each token is than another by its own row of the token table's gradient, [v].
-
-    At a noise multiplier of 0.01 a word's row of MiniLM's table has an energy 3.5 standard deviations above noise's.
-    """
-    table = scorer.captured[-1].parameter
-    for entry in scorer.entries:
-        if entry.parameter == table and entry.part is None:
-            energy = scorer.targets[entry.name].double().square().sum(1).cpu()
-            middle = energy.median()
-            spread = 1.4826 * (energy - middle).abs().median() + 1e-12 * energy.max()
-            return ((energy - middle) / spread).clamp(0, EVIDENCE).exp().float()
-    return torch.ones(len(scorer.table))
+def _told(
+    config: Config, victim: Victim, scorer: Scorer, spaces: list[Space], generator: torch.Generator
+) -> list[Space]:
+    """The spaces with what the gradient itself says of words at each position."""
+    length = max(max(space.lengths) for space in spaces)
+    whole = replace(spaces[0], lengths=(length,))
+    drawn = Search(scorer, whole, config.shortlist, generator, None).fresh(HEARD)
+    nats = evidence(victim, scorer, drawn, length)
+    if nats is None:
+        return spaces
+    return [replace(one, weights=one.weights * nats[:, one.words].exp()) for one in spaces]
 
 
 def _exact(
