@@ -52,7 +52,8 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    #: sentences sent through the model, for each sentence of the batch; a slope counts as three
+    #: sentences sent through the model, for each sentence of the batch; a slope counts as three, and one of which only
+    #: the upper layers are looked at as a third
     budget: Positive = 6000
     shortlist: Positive = 64  #: tokens tried at every position before a sentence counts as a local optimum
     longest: Annotated[int, Field(ge=3)] = 24  #: tokens, special ones included, where lengths are not granted
