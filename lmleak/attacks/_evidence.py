@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lmleak.attacks._rowspace import RowSpace
+
 TAIL = 3.3  #: Tracy-Widom (beta 1) at 99.9 %: so far above its mean, in its own unit, is chance once in a thousand
 HALVES = (torch.bfloat16, torch.float16)
 LEAN = 128  #: directions below the noise's edge that the screening of the whole vocabulary looks along
@@ -51,8 +53,7 @@ class Evidence:
         self.raw = g = gradient.double()
         self.out, self.d = g.shape
         # Rounding moves every value in proportion to itself: with rows and columns of like size, the error is nearly
-        # even. Nearly: 26 directions rise above it where 13 tokens stand. What rows leave unexplained is told from it
-        # by the format's own steps instead.
+        # even. How large it is in all, and how many directions rise above it, the format's own steps say.
         self.columns = g.new_ones(self.d)
         self.rounding = rounding(gradient)
         if self.rounding is not None:
@@ -65,6 +66,10 @@ class Evidence:
         energy, vectors = energy.flip(0).clamp_min(0), vectors.flip(1)
         self.noise, self.rank = noise_level(energy, self.out, self.d)
         # The attacker's own forward rounds: a strong row that is off by so little leaves energy that is no other row's.
+        if self.rounding is not None:
+            # Uneven noise raises directions of its own (26 where 13 tokens stand): it is as large as the first of them.
+            self.rank = self.rounding.rank
+            self.noise = max(self.noise, float(energy[self.rank]) / edge(self.out, self.d))
         off = 4 * torch.finfo(torch.float32).eps * self.d**0.5
         self.noise = max(self.noise, float(energy[0]) * off**2 / edge(self.out, self.d))
         self.edge = edge(self.out, self.d) * self.noise
@@ -193,6 +198,17 @@ def rounding(gradient: Tensor) -> Rounding | None:
     if 2 * rank > len(energy) or float(energy[rank:].sum()) >= 2 * float(error.sum()):
         return None
     return Rounding(error.sum(0), float((2 * error.square().sum()).sqrt()), rank)
+
+
+def rounded_space(gradient: Tensor, told: Rounding) -> RowSpace:
+    """The directions of a rounded gradient [o, d] that rise above its rounding, as a row space.
+
+    A trained 4-layer GPT-2, bfloat16, a sentence of 13 tokens: the spectrum falls by 40 to 260 there; true inputs lie
+    0.001 outside or less, the nearest of 1,000 wrong ones 0.22 or more.
+    """
+    _, values, right = torch.linalg.svd(gradient.double(), full_matrices=False)
+    gap = float(values[told.rank - 1] / values[told.rank].clamp_min(1e-300)) if told.rank else 1.0
+    return RowSpace(right[: told.rank], values, gap)
 
 
 def _step(values: Tensor, kind: torch.finfo) -> Tensor:

@@ -243,10 +243,7 @@ class Search:
             return
         seen: set[tuple[int, int]] = set()
         step = 4 * FIRST
-
-        def missing() -> bool:
-            return len(self.leaves()) - root.leaf < goal and self.found < self.space.rank
-
+        missing = lambda: len(self.leaves()) - root.leaf < goal and self.found < self.space.rank  # noqa: E731
         # A model near its random start is linear enough for this; a trained one is met in the middle below.
         while missing() and root.spent < 8 * FIRST:
             if root.guess is None:
@@ -288,8 +285,7 @@ class Search:
             first, second = pairs[at].tolist()
             parent = next((c for c in root.children if c.prefix.tokens == (first,)), None)
             if parent is None:
-                origin = x[at, 0] if self.kind == "differences" else None
-                parent = self.grow(root, first, None, None, origin)
+                parent = self.grow(root, first, None, None, x[at, 0] if self.kind == "differences" else None)
             if not any(c.prefix.tokens[1] == second for c in parent.children):
                 self.grow(parent, second, float(residual[at]), feature[at], rival=root)
         rejected = residual[residual > self.accept(residual)]

@@ -2,9 +2,10 @@
 
 The input of every module at position i of a causal model depends on tokens 0..i only, so prefixes are extended token by
 token and those kept whose input lies in the row space of the module's weight gradient. The rank says how many there
-are: no length, label or threshold is needed. See `_prefix_search` for its order, `_prefix_last` for the last
-token under a language model's loss, which no module ever reads, `_prefix_bags` for batches at layer 0's query. A noised
-or rounded gradient is read by likelihood, a single sentence from all observed modules together (`_prefix_noise`).
+are: no length, label or threshold is needed. See `_prefix_search` for its order, `_prefix_meet` for the first two
+tokens where a query or a key does not hold the first, `_prefix_last` for the last token under a language model's loss,
+which no module ever reads, `_prefix_bags` for batches at layer 0's query. A rounded gradient's rank is told from its
+format's steps; a noised one is read by likelihood, a single sentence from all observed modules (`_prefix_noise`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from lmleak.attacks._applicability import ATTENTION, Reading
+from lmleak.attacks._evidence import SURE, Rounding, rounded_space, rounding
 from lmleak.attacks._objective import frozen
 from lmleak.attacks._prefix_bags import pools, several
 from lmleak.attacks._prefix_first import first_token
@@ -82,24 +84,13 @@ def attack(
     space = row_space([matrix(victim.module, e, observation.gradients[e.name]) for e in where.entries])
     if space.zero:
         return refuse("no_signal", str(space.unreadable), describe(space))
+    told = None
     if not space.rank or _noised(space):
-        usable = sites(victim, observation)
-        assert not isinstance(usable, str)  # `site` found one
-        words = Words(victim.module.get_input_embeddings().weight)
-        surprise = torch.empty(len(words), device=words.device)
-        surprise[_order(victim, config.prior)] = 2 * torch.arange(len(words), device=words.device).add(10.0).log()
-        with frozen(victim.module), torch.no_grad():
-            return noised(
-                victim,
-                observation,
-                usable,
-                words,
-                surprise,
-                config.beam,
-                config.max_candidates,
-                generator,
-                lambda tokens: progress(victim.processor.decode(list(tokens))),
-            )
+        stacked = torch.cat([matrix(victim.module, e, observation.gradients[e.name]) for e in where.entries])
+        told = rounding(stacked)
+        if told is None or not told.rank:
+            return _likeliest(config, observation, victim, generator, progress)
+        space = rounded_space(stacked, told)
     if where.first and observation.batch_size > 1 and where.query is not None:
         return several(victim, observation, where, space)
     frame = special_frame(victim, knowledge)
@@ -125,7 +116,45 @@ def attack(
             search.run()
         except Exhausted:
             spent = True
-        return _answer(victim, observation, where, space, search, spent, bool(frame.first))
+        found = _answer(victim, observation, where, space, search, spent, bool(frame.first))
+    if told is None or (found.status == "ok" and _explains(search, stacked, told)):
+        return found
+    if observation.batch_size > 1:
+        return refuse("no_signal", "no sentences explain the gradient up to its rounding", found.details)
+    return _likeliest(config, observation, victim, generator, progress)
+
+
+def _explains(search: Search, gradient: Tensor, told: Rounding) -> bool:
+    """Whether the rows found leave no more of a rounded gradient than rounding does."""
+    frame = torch.linalg.qr(torch.stack(search.rows).T).Q.T
+    return told.above(gradient.double(), frame) < SURE * told.spread
+
+
+def _likeliest(
+    config: Config,
+    observation: Observation,
+    victim: Victim,
+    generator: torch.Generator,
+    progress: Callable[[str], None],
+) -> Reconstruction:
+    """The answer under noise."""
+    usable = sites(victim, observation)
+    assert not isinstance(usable, str)  # `site` found one
+    words = Words(victim.module.get_input_embeddings().weight)
+    surprise = torch.empty(len(words), device=words.device)
+    surprise[_order(victim, config.prior)] = 2 * torch.arange(len(words), device=words.device).add(10.0).log()
+    with frozen(victim.module), torch.no_grad():
+        return noised(
+            victim,
+            observation,
+            usable,
+            words,
+            surprise,
+            config.beam,
+            config.max_candidates,
+            generator,
+            lambda tokens: progress(victim.processor.decode(list(tokens))),
+        )
 
 
 def reads(reading: Reading, victim: Victim, observation: Observation) -> bool:
