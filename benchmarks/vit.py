@@ -32,7 +32,8 @@ from lmleak.records import Victim
 CLOSED = [(192, 4, 4), (128, 4, 4), (256, 8, 4)]  #: width, pixels along a patch, blocks
 FEW = [(192, 8, 4), (128, 8, 4)]
 DEEP = (192, 4, 6)
-TRAINED = (256, 8, 6)
+TRAINED = (192, 4, 6)
+TRAININGS = ("trained 1e-4", "trained 5e-4")  #: AdamW's rate; at the second the patches' inputs become nearly alike
 FORMATS: list[dict[str, Any]] = [
     {"kind": "quantize", "to": "float16"},
     {"kind": "quantize", "to": "bfloat16"},
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=20)
     parser.add_argument("--matched", type=int, default=5, help="pictures that inverting_gradients gets")
     parser.add_argument("--generous", type=int, default=500, help="steps it gets beside those of equal time")
+    parser.add_argument("--only", default="", help="words that a cell's line must hold: trained attn_query")
     parser.add_argument("--table", action="store_true", help="print the tables of what is there and stop")
     asked = parser.parse_args()
     if not asked.table:
@@ -59,7 +61,8 @@ def main() -> None:
         asked.save.parent.mkdir(parents=True, exist_ok=True)
         for study in asked.study.split(","):
             for cell in cells(study):
-                measure(asked, study, *cell)
+                if all(word in str(cell) for word in asked.only.split()):
+                    measure(asked, study, *cell)
     print(table(read(asked.save)))
 
 
@@ -67,25 +70,25 @@ def cells(study: str) -> Iterator[tuple[tuple[int, int, int], str, str, int, dic
     """Shape, weights, component, layer, defense and attack."""
     none: dict[str, Any] = {"kind": "none"}
     if study == "closed":
-        for weights in ("init 0.02", "init 0.1", "trained"):
-            for shape in [TRAINED] if weights == "trained" else CLOSED:
+        for weights in ("init 0.02", "init 0.1", *TRAININGS):
+            for shape in [TRAINED] if weights in TRAININGS else CLOSED:
                 for component in ("attn_query", "attn_key", "attn_value"):
                     yield shape, weights, component, 0, none, "span"
     if study == "few":
-        for shape, weights in [(FEW[0], "init 0.02"), (FEW[1], "init 0.02"), (FEW[0], "trained")]:
+        for shape, weights in [(FEW[0], "init 0.02"), (FEW[1], "init 0.02")]:
             for component in ("attn_query", "attn_key", "attn_value"):
                 yield shape, weights, component, 0, none, "span"
         for component in ("attn_query", "attn_key", "attn_value"):
             yield (768, 16, 12), "init 0.02", component, 0, none, "span"
     if study == "formats":
-        for weights in ("init 0.02", "init 0.1", "trained"):
+        for weights in ("init 0.02", "init 0.1", TRAININGS[0]):
             for defense in FORMATS:
-                yield TRAINED if weights == "trained" else CLOSED[0], weights, "attn_query", 0, defense, "span"
+                yield TRAINED if weights in TRAININGS else CLOSED[0], weights, "attn_query", 0, defense, "span"
     if study == "deep":
-        for weights in ("init 0.02", "trained"):
+        for weights in ("init 0.02", *TRAININGS):
             for layer in (2, 4):
                 for component in ("attn_query", "attn_value", "ffn_in"):
-                    yield TRAINED if weights == "trained" else DEEP, weights, component, layer, none, "subspace"
+                    yield TRAINED if weights in TRAININGS else DEEP, weights, component, layer, none, "subspace"
 
 
 def measure(
@@ -160,20 +163,21 @@ def load(asked: argparse.Namespace, shape: tuple[int, int, int], weights: str) -
         "image_size": 224 if d == 768 else 32,
         "initializer_range": 0.1 if weights == "init 0.1" else 0.02,
     }
-    if weights != "trained":
+    if weights not in TRAININGS:
         return load_model("vit", config=config, device="cpu")
-    folder = asked.weights / f"{d}_{patch}_{blocks}"
+    rate = weights.split()[1]
+    folder = asked.weights / f"{d}_{patch}_{blocks}_{rate}"
     if not folder.exists():
         victim = load_model("vit", config=config, device="cpu")
-        train(victim, asked.cifar / "train_500x10.zip")
+        train(victim, asked.cifar / "train_500x10.zip", float(rate))
         victim.module.save_pretrained(folder)
     return load_model("vit", weights=str(folder), mean=[0.5] * 3, std=[0.5] * 3, device="cpu")
 
 
-def train(victim: Victim, path: Path, steps: int = 200) -> None:
+def train(victim: Victim, path: Path, rate: float, steps: int = 200) -> None:
     """A brief training: enough to move attention and norms away from where they began."""
     batches = load_batches(victim, "image_folder", path=str(path), batch_size=16, limit=3200, shuffle=True)
-    optimizer = torch.optim.AdamW(victim.module.parameters(), lr=5e-4, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(victim.module.parameters(), lr=rate, weight_decay=0.05)
     victim.module.train()
     right = []
     for step in range(steps):

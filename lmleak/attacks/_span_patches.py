@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from lmleak.attacks._rowspace import dropped_out, matrix, weights
-from lmleak.attacks._span_prior import equations, solve
+from lmleak.attacks._span_prior import equations, proportional, solve
 from lmleak.attacks._text import refuse
 from lmleak.models._patches import PatchLayer
 from lmleak.records import Entry, Observation, Reconstruction, Victim
@@ -68,7 +68,7 @@ def attack_patches(observation: Observation, victim: Victim, readers: Sequence[s
     if rank >= min(stacked.shape):
         why = f"{rank} inputs fill the width {d}: nothing lies outside their space"
         return refuse("not_applicable", why, details)
-    known = equations(layer, victim.processor, stacked, differences=keys, even=_even(observation))
+    known = equations(layer, victim.processor, stacked, differences=keys, relative=proportional(observation))
     values = known.spectrum
     details["gap"] = round(float(values[-2] / values[-1].clamp_min(values[0] * 1e-13)), 3)
     images, share = solve(layer, victim.processor, known)
@@ -78,12 +78,6 @@ def attack_patches(observation: Observation, victim: Victim, readers: Sequence[s
         why = f"{read:.2g} of what the equations could tell is above the noise: no more than of noise alone"
         return refuse("no_signal", why, details)
     return Reconstruction(images=images.float(), confidence=(share,), details=details)
-
-
-def _even(observation: Observation) -> bool:
-    """Whether the release's noise has one size; a float's rounding is in proportion to what is rounded."""
-    defense = observation.defense
-    return defense.get("kind") in ("gaussian_noise", "dp_sgd") or defense.get("to") in ("int8", "sign")
 
 
 def reads_patches(victim: Victim, observation: Observation, entry: Entry) -> bool:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lmleak.models._patches import PatchLayer
+from lmleak.records import Observation
 
 #: Spectrum of photos in [0, 1]: variance of the orthonormal DCT's grey coefficients at frequency f (1 is the highest
 #: along an axis), LEVEL / f^2 / (1 + f^2 / CORNER)^1.5, on 100 CIFAR-10 pictures and 8 photos at 224 pixels.
@@ -80,7 +81,7 @@ class Equations:
     offset: Tensor  #: [n, d]
 
 
-def equations(layer: PatchLayer, form: Any, gradient: Tensor, *, differences: bool, even: bool) -> Equations:
+def equations(layer: PatchLayer, form: Any, gradient: Tensor, *, differences: bool, relative: bool) -> Equations:
     """What one gradient [d_out, d] says of patches.
 
     Args:
@@ -88,20 +89,17 @@ def equations(layer: PatchLayer, form: Any, gradient: Tensor, *, differences: bo
         form: the victim's image format.
         gradient: of one matrix, or of several that read the same inputs, stacked.
         differences: the row space holds differences of inputs only (a key's).
-        even: the noise has one size everywhere; else it is in proportion to the entries.
+        relative: the noise is in proportion to the entries; else it has one size everywhere.
     """
     std, mean = (gradient.new_tensor(x, dtype=torch.float64) for x in (form.std, form.mean))
     projection = layer.projection.double().unflatten(1, (len(std), -1))
     offset = layer.offset.double() - (projection.sum(-1) * (mean / std)).sum(-1)
     projection = (projection / std[:, None]).flatten(1)
     scaled, columns = gradient.double(), gradient.new_ones(gradient.shape[1], dtype=torch.float64)
-    if not even:
-        size = scaled.norm(dim=1, keepdim=True)
-        scaled = scaled / torch.where(size > 0, size, 1.0)
-        columns = scaled.square().mean(0).sqrt()
-        columns = columns.clamp_min(1e-3 * float(columns.max()))
+    if relative:
+        scaled, columns = even(scaled)
     d, rows = scaled.shape[1], len(scaled)
-    _, values, right = torch.linalg.svd(scaled / columns, full_matrices=True)
+    _, values, right = torch.linalg.svd(scaled, full_matrices=True)
     rank = min(len(layer.offset) + len(layer.first) - differences, len(values) - 1)
     outside = right[rank:] / columns
     known = layer.known()[0]
@@ -124,6 +122,21 @@ def equations(layer: PatchLayer, form: Any, gradient: Tensor, *, differences: bo
         projection=projection,
         offset=offset,
     )
+
+
+def even(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns scaled to one size, so that noise in proportion to the entries is; and what columns [d] had."""
+    size = gradient.norm(dim=1, keepdim=True)
+    scaled = gradient / torch.where(size > 0, size, 1.0)
+    columns = scaled.square().mean(0).sqrt()
+    columns = columns.clamp_min(max(1e-3 * float(columns.max()), 1e-300))
+    return scaled / columns, columns
+
+
+def proportional(observation: Observation) -> bool:
+    """Whether the release's noise is in proportion to what is released, as a float's rounding; else it has one size."""
+    defense = observation.defense
+    return not (defense.get("kind") in ("gaussian_noise", "dp_sgd") or defense.get("to") in ("int8", "sign"))
 
 
 def solve(layer: PatchLayer, form: Any, known: Equations) -> tuple[Tensor, float]:

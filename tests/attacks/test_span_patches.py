@@ -80,7 +80,11 @@ def equations(victim, component="attn_query"):
     gradient = observation.gradients[observation.entries[0].name]
     layer = victim.family.patch_layer(victim.module)
     differences = component == "attn_key"
-    return _span_prior.equations(layer, victim.processor, gradient, differences=differences, even=False), layer, batch
+    return (
+        _span_prior.equations(layer, victim.processor, gradient, differences=differences, relative=True),
+        layer,
+        batch,
+    )
 
 
 @pytest.mark.parametrize("component", ["attn_query", "attn_key", "attn_value"])

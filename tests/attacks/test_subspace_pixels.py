@@ -58,7 +58,7 @@ def test_the_energy_is_what_projections_say_and_the_true_picture_has_next_to_non
     with descent.attached(), torch.no_grad():
         true = descent(z, 1e-12)
         grey = descent(0 * z, 1e-3)
-        x = torch.nn.functional.normalize(descent._seen[one.owner][0], dim=-1)
+        x = torch.nn.functional.normalize(descent._seen[one.owner][0] / one.columns, dim=-1)
         rest = x - x @ one.basis.T @ one.basis
         # Ridge regression of every direction of the space on the rows, one at a time.
         open_ = []
@@ -84,7 +84,7 @@ def test_noise_and_what_shows_nothing_are_told(vit):
     draw = torch.Generator().manual_seed(0)
     noise = {name: torch.randn(tensor.shape, generator=draw) for name, tensor in observation.gradients.items()}
     made = attack(replace(observation, gradients=noise), vit, "subspace", budget=600)
-    refused(made, "no_signal", "the best picture explains")
+    refused(made, "no_signal", "directions are above the noise")
     refused(attack(seen(vit, layer=2)[0], vit, "subspace"), "not_applicable", "last block")
     refused(attack(seen(vit, size=2)[0], vit, "subspace"), "not_applicable", "2 pictures")
     refused(attack(seen(vit, "patch_embedding", layer=None)[0], vit, "subspace"), "not_applicable", "needs the weight")
