@@ -214,7 +214,7 @@ def _told(
     nats = evidence(victim, scorer, drawn, length)
     if nats is None:
         return spaces
-    return [replace(one, weights=one.weights * nats[:, one.words].exp()) for one in spaces]
+    return [replace(one, weights=one.weights * nats[:, one.words].exp(), common=one.weights) for one in spaces]
 
 
 def _exact(
