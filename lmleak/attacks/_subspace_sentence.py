@@ -102,7 +102,7 @@ class SentenceSearch:
             spent = self.energy.tally.sentences
             end = self.search.descend(start, seen, spent + max(0, config.budget - spent) // 2)
             best, verdict = self._widened((self.search.scores[end], end), seen)
-        while verdict >= 1 and (not rounds or self.energy.tally.sentences + self._round(rounds) <= config.budget):
+        while verdict >= 1 and (best is None or self.energy.tally.sentences + self._round(rounds) <= config.budget):
             hint, trust = self._trust(best[1]) if best else (None, None)
             fresh = seen is None or rounds % FRESH == 0
             words = self.words if seen is None or fresh else seen.unique()

@@ -198,6 +198,8 @@ def _likeliest(
             # The likeliest length has half of the budget, the next a quarter.
             spent = 1.0 if turn + 1 == len(tried) else 1 - 0.5 ** (turn + 1)
             share = config.model_copy(update={"budget": int(config.budget * spent)})
+            if best is not None and energy.evaluations + 3 * config.steps * config.restarts > share.budget:
+                continue  # no room for a round
             exact = n == max(one.site.tokens for one in parts)
             coarse, open_length = energy if exact else judge, knowledge.lengths is None
             ground = Landscape(coarse, judge, judge, grain=GRAIN, noised=True, resized=open_length)
@@ -207,7 +209,9 @@ def _likeliest(
                 best = found
             if best.status == "ok":
                 break
-    return best or refuse("no_signal", "what rises above the noise is less than a sentence", details)
+    if best is None:
+        return refuse("no_signal", "what rises above the noise is less than a sentence", details)
+    return replace(best, details=dict(best.details) | {"evaluations": energy.evaluations})  # of all lengths
 
 
 def _read(
