@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lmleak.defenses import Gaussian
 from lmleak.gradients.factors import Factor, capture, inner, squared_norms
-from lmleak.gradients.losses import forward, sample_losses
+from lmleak.gradients.losses import model_losses
 from lmleak.gradients.observe import clip_weights, whole_model
 from lmleak.records import Entry, Observation, Victim
 
@@ -201,7 +201,7 @@ class Scorer:
         if self.victim.task == "sequence-classification":
             labels = torch.tensor([one.label for one in candidates], device=device)
         with capture(self.victim.module, self.captured if table else self.entries) as tape:
-            losses = sample_losses(forward(self.victim.module, inputs), labels, self.victim.task, "sum")
+            losses = model_losses(self.victim.module, inputs, labels, self.victim.task, "sum")
         if not table:
             return tape.factors(losses), ids
         calls = tape.calls[self.captured[-1].parameter]

@@ -127,7 +127,7 @@ class Search:
             best[length] = max(best.get(length, value), value)
         self.likely = tuple(sorted(best, key=best.__getitem__, reverse=True)[:LENGTHS])
 
-    def _ascend(self, at: Candidate, limit: int, quick: bool = False) -> Candidate:
+    def _ascend(self, at: Candidate, limit: float, quick: bool = False) -> Candidate:
         """The local optimum that single changes lead to; `quick` tries few words at every position, and orders."""
         self.score([at])
         while self.scorer.evaluations < limit:

@@ -25,10 +25,10 @@ d = 128 had 15 / 28.
     the same at 5e-4    31 / 42       21 / 26      inputs nearly alike at all places
 
 What is missing is lost in float32's sum over places, not here. At 0.02, d = 192, query, two pictures: 71 and 60 dB; the
-same sums done in float64 and rounded once 88 and 79; not rounded 140 and 135. The posterior foretells its own error
-(55.0 dB of 55.1). Only a picture's whole gradient knows more: Gauss-Newton through the model from here took the worst
-pictures from 55 to 65 dB (query), 44 to 52 (query, d = 128) and 42 to 50 (value) in 2 to 4 CPU s, then fell back again
-as its linear model outran its noise's; not kept.
+same gradient computed in float64 and rounded once 90 and 80; float32 factors multiplied in float64 140 and 135. The
+posterior foretells its own error (55.0 dB of 55.1). Only a picture's whole gradient knows more: Gauss-Newton through
+the model from here took one hard picture each from 55 to 66 dB (query), 44 to 52 (query, d = 128) and 42 to 50 (value)
+in 2 to 4 CPU s; the value fell back with more steps, as the linear model outran the noise's. Not kept.
 """
 
 from __future__ import annotations
