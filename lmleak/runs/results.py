@@ -129,7 +129,7 @@ def load_results(run_dir: str | Path) -> pandas.DataFrame:
 
     Columns: `cell`, `batch`, one a sweep axis under its dotted name, `status`, `reason`, one a metric, `reference` and
     `recovered` (texts, one line a sentence), `share` (of the model's parameters that are observed, 0..1), `epsilon`,
-    `delta`, `observe_cpu`, `attack_cpu` and `total` (seconds).
+    `delta`, `mu` and `rdp_epsilon` (of the single release), `observe_cpu`, `attack_cpu` and `total` (seconds).
 
     Raises:
         RunError: no run folder.
@@ -156,8 +156,7 @@ def load_results(run_dir: str | Path) -> pandas.DataFrame:
                 "reference": _joined(text.get("reference")),
                 "recovered": _joined(text.get("reconstruction")),
                 "share": facts["selections"][cell["selection"]]["share"],
-                "epsilon": privacy.get("epsilon"),
-                "delta": privacy.get("delta"),
+                **{name: privacy.get(name) for name in ("epsilon", "delta", "mu", "rdp_epsilon")},
                 **line["seconds"],
             }
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 
 import pytest
@@ -20,7 +21,7 @@ RECIPE = {
     "select": {"components": ["attn_query", "attn_key"], "layers": [0]},
     "attack": "span",
     "measures": ["noise_to_signal", {"kind": "dp_distinguishability", "substitutes": 2, "sentences": 1}],
-    "sweep": {"defense": ["none", {"kind": "dp_sgd", "noise_multiplier": 0.1}]},
+    "sweep": {"defense": ["none", {"kind": "dp_sgd", "noise_multiplier": 0.1, "steps": 9, "sample_rate": 0.1}]},
 }
 
 
@@ -63,3 +64,18 @@ def test_a_training_run_is_stated_under_the_table_and_on_the_page(tmp_path):
     assert "Whole training run" in page
     assert "epsilon 8" in page
     assert "σ –" not in page
+
+
+def test_the_csv_says_what_is_promised_and_what_was_measured(folder):
+    report.write(folder)
+    clean, noised = csv.DictReader((folder / "cells.csv").open(encoding="utf-8"))
+    assert not clean["epsilon"] + clean["training.epsilon"] + clean["dp_distinguishability.presence"]
+    told = runs.read_results(folder)[-1]["privacy"]
+    for name in ("noise_multiplier", "max_grad_norm", "epsilon", "mu", "rdp_epsilon"):
+        assert float(noised[name]) == told[name]
+    for name in ("steps", "sample_rate", "epsilon", "rdp_epsilon"):
+        assert float(noised[f"training.{name}"]) == told["training"][name]
+    line = runs.results.cell_lines(folder)[1]
+    for kind, measured in line["measures"].items():
+        for name, value in measured["all"].items():
+            assert float(noised[f"{kind}.{name}"]) == value["mean"]
