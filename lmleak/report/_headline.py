@@ -80,9 +80,9 @@ def notes(cells: Sequence[Place], metric: str | None) -> list[str]:
             f"{without:,} of {len(cells):,} cells have no score ({', '.join(parts) or 'undefined'}); "
             "they do not count as 0, and are not shown to be safe."
         )
-    smallest = min((place.score(metric) or {}).get("n") or 0 for place in scored)
-    if smallest < ENOUGH:
-        batches = f"{smallest} batch{'es' if smallest != 1 else ''}"
+    counted = {int((place.score(metric) or {}).get("n") or 0) for place in scored}
+    if min(counted) < ENOUGH:
+        batches = f"{_between(min(counted), max(counted))} batch{'es' if max(counted) != 1 else ''}"
         found.append(f"Scores rest on {batches} a cell: an impression. A claim takes {ENOUGH} or more.")
     return found
 
@@ -108,7 +108,8 @@ def _extent(scored: Sequence[Place], metric: str) -> list[str]:
 def _defenses(scored: Sequence[Place], metric: str) -> list[str]:
     if not any(place.defended for place in scored) or not any(not place.defended for place in scored):
         return []
-    found, stopped = [], []
+    found, stopped, untold = [], [], []
+    read = {_watched(p) for p in scored if not p.defended and _grade.recovered(metric, p.mean(metric))}
     names = [d for d in _study.ordered(scored, "defense") if any(p.defense == d and p.defended for p in scored)]
     for name in names:
         best = _best([place for place in scored if place.defense == name], metric)
@@ -116,18 +117,29 @@ def _defenses(scored: Sequence[Place], metric: str) -> list[str]:
         label = f"{name} (ε\u00a0{_words.number(epsilon)})" if epsilon is not None else name
         level = best.mean(metric)
         if not _grade.recovered(metric, level):
-            stopped.append(label)
+            behind = {_watched(place) for place in scored if place.defense == name}
+            (stopped if behind & read else untold).append(label)
         elif metric == "exact_match":
             found.append(f"With {label} the attack still reads {_count(best, metric)}.")
         else:
             found.append(f"With {label} the best score is {_words.percent(level, metric)}.")
     if len(found) > 3:
         found[3:] = [f"{len(found) - 3} more defense settings leak too."]
+    what = "none word for word" if metric == "exact_match" else "nothing"
     if stopped:
-        what = "none word for word" if metric == "exact_match" else "nothing"
-        more = f" and {len(stopped) - 4} more" if len(stopped) > 4 else ""
-        found.append(f"The attack reads {what} with {', '.join(stopped[:4])}{more}.")
+        found.append(f"The attack reads {what} with {_listed(stopped)}.")
+    if untold:
+        found.append(f"It reads {what} with or without {_listed(untold)}: what they stop, this run does not tell.")
     return found
+
+
+def _watched(place: Place) -> tuple[str, str, str, str]:
+    """What a defended cell shares with the undefended one that it is compared to."""
+    return place.component, place.layer, place.attack, place.other
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:4]) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "")
 
 
 def _best(cells: Sequence[Place], metric: str) -> Place:
@@ -168,3 +180,7 @@ def _runs(order: Sequence[str], chosen: set[str]) -> str:
         else:
             parts.append([number, number])
     return name + ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in parts)
+
+
+def _between(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"

@@ -253,6 +253,6 @@ def legend(metric: str, cells: Sequence[Place] = ()) -> Markup:
     ).format(x, low, high, Markup("").join(parts))
 
 
-def _cut(label: str, limit: int = 30) -> str:
+def _cut(label: str, limit: int = 36) -> str:
     label = _words.visible(label)
     return label if len(label) <= limit else label[: limit - 1] + "…"

@@ -120,8 +120,9 @@ def places(runs: Sequence[Run]) -> list[Place]:
     for run, line, setting in settled:
         select = _block(setting, "select")
         axes = line.get("axes") or {}
-        rest = [f"{k} {_words.number(v)}" for k, v in axes.items() if k.split(".")[0] not in _NAMED]
-        rest += [f"{k} {_words.number(v)}" for k, v in axes.items() if k.startswith("select.") and k not in _PLACED]
+        names = [k for k in axes if k.split(".")[0] not in _NAMED]
+        names += [k for k in axes if k.startswith("select.") and k not in _PLACED]
+        rest = [f"{_short(k, axes)} {_words.number(axes[k])}" for k in names]
         found.append(
             Place(
                 run=run,
@@ -136,6 +137,12 @@ def places(runs: Sequence[Run]) -> list[Place]:
             )
         )
     return found
+
+
+def _short(axis: str, axes: Iterable[str]) -> str:
+    """`data.batch_size` -> `batch size`, unless another axis ends alike."""
+    last = axis.rsplit(".", 1)[-1]
+    return last.replace("_", " ") if sum(k.rsplit(".", 1)[-1] == last for k in axes) == 1 else axis
 
 
 _NAMED = frozenset({"select", "defense", "attack", "seed", "control"})

@@ -159,6 +159,18 @@ def test_cells_without_an_answer_come_with_their_reason(tmp_path: Path) -> None:
     assert "layer 0" not in section
 
 
+def test_a_defense_of_what_nobody_read_gets_no_credit(tmp_path: Path) -> None:
+    made = folders.recipe({"defense": [NONE, dp(0.1)], "select.layers": [[0], [1]]})
+    for leaking in (True, False):
+
+        def level(axes, batch, leaking=leaking):
+            return ("ok", 0.9 if leaking and axes["defense"] == NONE else 0.0, None)
+
+        text = html(folders.write(tmp_path / str(leaking), made, level))
+        assert ("reads none word for word with DP-SGD" in text) == leaking
+        assert ("this run does not tell" in text) != leaking
+
+
 def test_csv_holds_the_same_numbers(tmp_path: Path) -> None:
     folder = folders.write(
         tmp_path / "run",
