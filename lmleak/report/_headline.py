@@ -133,9 +133,9 @@ def _defenses(scored: Sequence[Place], metric: str) -> list[str]:
     return found
 
 
-def _watched(place: Place) -> tuple[str, str, str, str]:
-    """What a defended cell shares with the undefended one that it is compared to."""
-    return place.component, place.layer, place.attack, place.other
+def _watched(place: Place) -> tuple[str, str, str]:
+    """What a defended cell shares with the undefended one that it is compared to: any attack may have read that."""
+    return place.component, place.layer, place.other
 
 
 def _listed(labels: Sequence[str]) -> str:
