@@ -27,6 +27,7 @@ USUAL = 6  #: words likely at a position that are inserted there
 GUESSES = 2  #: how often the words scored at a position say which to score next
 GUESSED = 24  #: that are scored then
 LEAST = 48  #: words scored at a position from which others may be guessed
+RUNNERS = 6  #: other orders of the words whose other forms are tried
 RIDGE = 0.1  #: of the guess
 
 
@@ -132,6 +133,19 @@ class Moves:
             yield [replace(at, label=label) for label in self.space.labels if label != at.label]
         if len(self.space.lengths) > 1:
             yield list(self._resized(at, pool, slope))
+        for other in self._runners(at, known):
+            moved = [i for i in free if other.tokens[i] != at.tokens[i]]
+            yield [self._put(other, i, word) for i in moved for word in self._near(other.tokens[i])]
+
+    def _runners(self, at: Candidate, known: Mapping[Candidate, float]) -> list[Candidate]:
+        """The best orders of the same words that were scored: each a step down, from which other forms may lead up.
+
+        "an wind gently moved the curtains" is no change away from anything better; "an gently wind moved" is worse, and
+        "a gentle wind moved" two forms away from that.
+        """
+        words = sorted(at.tokens)
+        same = [c for c in known if c != at and len(c.tokens) == len(words) and sorted(c.tokens) == words]
+        return sorted(same, key=known.__getitem__, reverse=True)[:RUNNERS]
 
     def _shifted(self, at: Candidate, likely: Tensor) -> Iterable[list[Candidate]]:
         """Every deletion with an insertion elsewhere of a word that is likely there, in chunks.

@@ -11,7 +11,6 @@ from typing import Any
 from lmleak.report import _study
 from lmleak.report._study import Place, Run
 
-
 _RELEASE = (
     "noise_multiplier", "max_grad_norm", "clip_scope", "batch_size", "epsilon", "delta", "mu", "rdp_epsilon",
 )  # fmt: skip
