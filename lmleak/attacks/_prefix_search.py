@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class Node:
     prefix: Prefix
     origin: Tensor | None = None  #: [d] input at the first token, where the space holds differences
     misfit: float | None = None  #: residual of its feature; None where the space cannot show it
-    rival: Node | None = None  #: the node at which it was found: its nearest wrong token is what it stands out from
+    #: where it was found, whose nearest wrong token it stands out from; weak, or gigabytes wait for the cycle collector
+    rival: ref[Node] | None = None
     row: Tensor | None = None  #: [d] float64, its feature
     children: list[Node] = field(default_factory=list)
     tried: Tensor | None = None  #: [v] bool
@@ -220,7 +222,7 @@ class Search:
         """Adds a continuation to the tree."""
         origin = node.origin if origin is None else origin
         row = None if row is None else row.double()
-        child = Node(self.reader.extend(node.prefix, token), origin, misfit, rival or node, row)
+        child = Node(self.reader.extend(node.prefix, token), origin, misfit, ref(rival or node), row)
         node.children.append(child)
         if row is not None:
             self.rows.append(row)
@@ -230,7 +232,8 @@ class Search:
 
     def margin(self, node: Node) -> float:
         """1 - residual / the nearest wrong token's: how clearly it stands out, 0..1."""
-        nearest = min(node.rival.nearest, 1.0) if node.rival else 1.0
+        rival = node.rival() if node.rival else None
+        nearest = min(rival.nearest, 1.0) if rival else 1.0
         return max(0.0, 1 - (node.misfit or 0.0) / nearest)
 
     def expand_pairs(self, want: int) -> None:

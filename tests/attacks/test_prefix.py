@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -235,3 +236,16 @@ def test_a_priors_words_are_tried_first(classifier, tmp_path):
     assert set(likely) == set(classifier.processor("Oslo Rain. ")["input_ids"])
     result = _run(classifier, batch, "ffn_in", 1, prior=str(text))
     assert (result.status, result.tokens) == ("ok", batch.reference.tokens)
+
+
+def test_what_the_search_kept_is_freed_without_the_collector(tiny_gpt2, tmp_path):
+    batch = _batch(tiny_gpt2, tmp_path, ["abcde", "fghij"])
+    alive = lambda: sum(type(one) is Prefix for one in gc.get_objects())  # noqa: E731
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        assert _run(tiny_gpt2, batch, "attn_value", 1).status == "ok"
+        assert alive() == before  # keys and values of every prefix: gigabytes on GPT-2 small
+    finally:
+        gc.enable()
