@@ -108,7 +108,9 @@ def _extent(scored: Sequence[Place], metric: str) -> list[str]:
 def _defenses(scored: Sequence[Place], metric: str) -> list[str]:
     if not any(place.defended for place in scored) or not any(not place.defended for place in scored):
         return []
-    found, stopped, untold = [], [], []
+    found: list[str] = []
+    stopped: list[str] = []
+    untold: list[str] = []
     read = {_watched(p) for p in scored if not p.defended and _grade.recovered(metric, p.mean(metric))}
     names = [d for d in _study.ordered(scored, "defense") if any(p.defense == d and p.defended for p in scored)]
     for name in names:
