@@ -75,6 +75,11 @@ class Scorer:
         module = next(name for name, m in self.victim.module.named_modules() if m is table)
         return Entry(TABLE, f"{module}.weight", module, tuple(table.weight.shape))
 
+    def rows(self) -> Entry | None:
+        """The token table among what is observed, or None."""
+        table = self.captured[-1].parameter
+        return next((e for e in self.entries if e.parameter == table and e.part is None), None)
+
     def aimed(self, targets: Mapping[str, Tensor], noise: float) -> Scorer:
         """The same scorer against another release of the same selection."""
         other = object.__new__(Scorer)
@@ -164,13 +169,13 @@ class Scorer:
         value = (products - 0.5 * squares).sum()
         (along,) = torch.autograd.grad(value, leaf)
         gain = along[0].detach() @ self.table.T
-        for entry in self.entries:
-            if entry.parameter == self.captured[-1].parameter and entry.part is None:
-                delta = weights[entry.name].detach() * factors[TABLE][0].right[0].detach()
-                gain = gain + delta @ self.targets[entry.name].T
-                # |g|^2 grows where two positions share a row.
-                gain.index_add_(1, torch.tensor(candidate.tokens, device=gain.device), -(delta @ delta.T))
         own = torch.tensor(candidate.tokens, device=gain.device)
+        rows = self.rows()
+        if rows is not None:
+            delta = weights[rows.name].detach() * factors[TABLE][0].right[0].detach()
+            gain = gain + delta @ self.targets[rows.name].T
+            # |g|^2 grows where two positions share a row.
+            gain.index_add_(1, own, -(delta @ delta.T))
         gain = gain - gain.gather(1, own[:, None])
         return Slope(float(self.nats(value.detach().double())), self.nats(gain))
 

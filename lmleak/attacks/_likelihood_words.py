@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lmleak.attacks._applicability import ATTENTION
 from lmleak.attacks._likelihood_score import Candidate, Scorer
 from lmleak.attacks._rowspace import known_input, matrix
 from lmleak.models._input import InputLayer
@@ -21,12 +22,6 @@ from lmleak.records import Entry, Victim
 
 FIRST = 10  #: added to ranks: the commonest word has 6 % of an English text, not 50
 MARKS, LETTERS = 10, 200  #: ranks of single marks and of single letters and digits, which come before all words
-READ = (
-    "attn_query",
-    "attn_key",
-    "attn_value",
-    "attn_qkv",
-)  #: components that read what is known of every word and place
 #: A word's output gradient is one of these times what drawn sentences have: MiniLM's for "hall" is six times that for
 #: "the". With one size alone, a word of little gradient is ranked by its noise.
 SIZES = (0.0, 0.2, 0.5, 1.0, 2.0)
@@ -65,10 +60,8 @@ def evidence(victim: Victim, scorer: Scorer, drawn: Sequence[Candidate], length:
         drawn: sentences drawn without the gradient, `length` tokens each.
         length: tokens of the sentence.
     """
-    table = scorer.captured[-1].parameter
-    rows = next((e for e in scorer.entries if e.parameter == table and e.part is None), None)
-    layer = known_input(victim)
-    read = [e for e in scorer.entries if e.layer == 0 and e.component in READ and len(e.shape) == 2]
+    rows, layer = scorer.rows(), known_input(victim)
+    read = [e for e in scorer.entries if e.layer == 0 and e.component in ATTENTION and len(e.shape) == 2]
     read = read if layer is not None else []
     if not scorer.noise or not drawn or (rows is None and not read):
         return None

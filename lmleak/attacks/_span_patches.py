@@ -34,12 +34,12 @@ in 2 to 4 CPU s; the value fell back with more steps, as the linear model outran
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from lmleak.attacks._applicability import ATTENTION
 from lmleak.attacks._rowspace import dropped_out, matrix, weights
 from lmleak.attacks._span_prior import equations, proportional, solve
 from lmleak.attacks._text import refuse
@@ -50,11 +50,11 @@ from lmleak.records import Entry, Observation, Reconstruction, Victim
 READ = 0.42
 
 
-def attack_patches(observation: Observation, victim: Victim, readers: Sequence[str]) -> Reconstruction:
+def attack_patches(observation: Observation, victim: Victim) -> Reconstruction:
     """Reads one picture off the first block's query, key or value gradient; refuses what cannot be read so."""
     if not hasattr(victim.family, "patch_layer"):
         return refuse("not_applicable", f"the input of block 0 is not known in closed form for family '{victim.kind}'")
-    entries = [e for e in weights(observation, layer=0) if e.component in readers]
+    entries = [e for e in weights(observation, layer=0) if e.component in ATTENTION]
     if not entries:
         return refuse("not_applicable", "needs the weight gradient of block 0's query, key or value")
     if observation.batch_size > 1:
@@ -91,5 +91,4 @@ def attack_patches(observation: Observation, victim: Victim, readers: Sequence[s
 def reads_patches(victim: Victim, observation: Observation, entry: Entry) -> bool:
     """Whether this one module is enough; asked and answered by solving it, a twentieth of a second."""
     one = replace(observation, entries=(entry,), gradients={entry.name: observation.gradients[entry.name]})
-    readers = ("attn_query", "attn_key", "attn_value", "attn_qkv")
-    return attack_patches(one, victim, readers).status == "ok"
+    return attack_patches(one, victim).status == "ok"

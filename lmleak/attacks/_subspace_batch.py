@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmleak.attacks import span
+from lmleak.attacks._applicability import ATTENTION
 from lmleak.attacks._batch_energy import Deflated, batch_site, batch_space
 from lmleak.attacks._batch_fill import Fill
 from lmleak.attacks._batch_found import Found
@@ -49,7 +49,7 @@ def batch(
     """Several sentences, from `entries` in any layers but the last."""
     layers = victim.module.config.num_hidden_layers
     layer, frame = known_input(victim), special_frame(victim, knowledge)
-    readers = [e for e in entries if e.layer == 0 and e.component in span.READERS]
+    readers = [e for e in entries if e.layer == 0 and e.component in ATTENTION]
     if layer is None or layer.position is None or not frame.first:
         readers = []
     deeper = [e for e in entries if e not in readers and e.layer is not None and e.layer < layers - 1]

@@ -81,12 +81,13 @@ def attack(
     where = site(victim, observation)
     if isinstance(where, str):
         return refuse("not_applicable", where)
-    space = row_space([matrix(victim.module, e, observation.gradients[e.name]) for e in where.entries])
+    matrices = [matrix(victim.module, e, observation.gradients[e.name]) for e in where.entries]
+    space = row_space(matrices)
     if space.zero:
         return refuse("no_signal", str(space.unreadable), describe(space))
     told = None
     if not space.rank or _noised(space):
-        stacked = torch.cat([matrix(victim.module, e, observation.gradients[e.name]) for e in where.entries])
+        stacked = torch.cat(matrices)
         told = rounding(stacked)
         if told is None or not told.rank:
             return _likeliest(config, observation, victim, generator, progress)

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from lmleak.attacks._applicability import Reading, read
+from lmleak.attacks._applicability import ATTENTION, Reading, read
 from lmleak.attacks._replay import replay
 from lmleak.attacks._rowspace import RowSpace, describe, known_input, weights
 from lmleak.attacks._span_patches import attack_patches, reads_patches
@@ -23,10 +23,9 @@ from lmleak.attacks._text import Frame, refuse, sentence, special_frame
 from lmleak.models._input import InputLayer
 from lmleak.records import Knowledge, Observation, Reconstruction, Victim
 
-__all__ = ["EXAMPLE", "READERS", "Config", "attack", "reads", "replay", "screen"]
+__all__ = ["EXAMPLE", "Config", "attack", "reads", "replay", "screen"]
 
 IMAGES = True  #: reads pictures too, see `_span_patches`
-READERS = ("attn_query", "attn_key", "attn_value", "attn_qkv")
 # Random directions outside the row space used to screen the vocabulary. A wrong token has at least 0.09 of its norm
 # outside; the chance that 8 Gaussian directions all miss it by 100 times is 1e-16 a token.
 DIRECTIONS = 8
@@ -58,11 +57,11 @@ def attack(
     so that nothing stands out and the answer is no_signal (Rotten Tomatoes, 8 sentences: 6,020 pairs at rank 181).
     """
     if victim.task == "image-classification":
-        return attack_patches(observation, victim, READERS)
+        return attack_patches(observation, victim)
     layer = known_input(victim)
     if layer is None:
         return refuse("not_applicable", f"the input of layer 0 is not known in closed form for family '{victim.kind}'")
-    entries = [e for e in weights(observation, layer=0) if e.component in READERS]
+    entries = [e for e in weights(observation, layer=0) if e.component in ATTENTION]
     if not entries:
         return refuse("not_applicable", "needs the weight gradient of layer 0's query, key or value")
     # Rotary positions turn every key by its own angle: the sum over a sentence no longer vanishes, nor do differences.
@@ -95,7 +94,7 @@ def reads(reading: Reading, victim: Victim, observation: Observation) -> bool:
     entry, layer = reading.entries[0], known_input(victim)
     if victim.task == "image-classification":
         return reads_patches(victim, observation, entry)
-    if reading.status != "ok" or entry.layer != 0 or entry.component not in READERS or layer is None:
+    if reading.status != "ok" or entry.layer != 0 or entry.component not in ATTENTION or layer is None:
         return False
     return reading.rows == "inputs" or bool(special_frame(victim, Knowledge()).first)
 

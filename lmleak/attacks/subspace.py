@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from lmleak.attacks import span
-from lmleak.attacks._applicability import Reading
+from lmleak.attacks._applicability import ATTENTION, Reading
 from lmleak.attacks._energy import Energy, Site, site
 from lmleak.attacks._energy_heads import Heads, heads
 from lmleak.attacks._energy_likelihood import Noised, lengths, noised
@@ -169,9 +169,8 @@ def _noised(
         spent += best.details.get("evaluations", 0)
         if best.status == "ok" and best.confidence[0] >= DOUBTED:
             break
-    return (
-        replace(best, details=dict(best.details) | {"evaluations": spent}) if best else refuse("no_signal", "", details)
-    )
+    assert best is not None  # some rank is not 0, and the last turn asks all
+    return replace(best, details=dict(best.details) | {"evaluations": spent})
 
 
 def _likeliest(
@@ -224,7 +223,7 @@ def _read(
     length: int,
 ) -> Reconstruction | None:
     """Layer 0's query, key and value need no search; what `span` reads there must explain every observed module."""
-    readers = weights(observation, component=span.READERS, layer=0)
+    readers = weights(observation, component=ATTENTION, layer=0)
     if not readers:
         return None
     part = {e.name: observation.gradients[e.name] for e in readers}

@@ -58,7 +58,7 @@ def readers(cells: Sequence[Place]) -> dict[str, Reader]:
 
 def _reader(kind: str, name: str) -> Reader:
     def read(place: Place) -> float | None:
-        score = ((place.line.get("measures") or {}).get(kind) or {"all": {}})["all"].get(name)
+        score = _study.measured(place.line, kind, name)
         return score["mean"] if score else None
 
     return read
@@ -218,8 +218,8 @@ def _word(place: Place, metric: str, level: float | None) -> tuple[str, str]:
 
 def _information(place: Place) -> tuple[float, float] | None:
     """How far the lower end of usable information's interval is above its null's upper end, and the information."""
-    measured = ((place.line.get("measures") or {}).get("usable_information") or {"all": {}})["all"]
-    values = [(measured.get(name) or {}).get("mean") for name in ("low", "null_high", "usable_information")]
+    names = ("low", "null_high", "usable_information")
+    values = [(_study.measured(place.line, "usable_information", name) or {}).get("mean") for name in names]
     if values[0] is None or values[2] is None:
         return None
     return values[0] - max(values[1] or 0.0, 0.0), values[2]

@@ -43,9 +43,8 @@ def table(runs: Sequence[Run]) -> str:
         row += [p.share, *(score.get(end) for score in scores for end in ("mean", "low", "high", "n", "all"))]
         row += [time.get("attack_cpu"), time.get("total"), *(privacy.get(name) for name in _RELEASE)]
         row += [(privacy.get("training") or {}).get(name) for name in _TRAINING]
-        measured = p.line.get("measures") or {}
         for kind, name in measures:
-            value = (measured.get(kind) or {"all": {}})["all"].get(name) or {}
+            value = _study.measured(p.line, kind, name) or {}
             row += [value.get(end) for end in ("mean", "low", "high")]
         rows.writerow(_plain(value) for value in row)
     return text.getvalue()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lmleak.report import _words
-from lmleak.report._study import Place
+from lmleak.report._study import Place, measured
 
 ROWS = 200  #: modules listed of one setting; a whole large model has more
 
@@ -25,15 +25,15 @@ def columns(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """The first value of every measure that any line has: its kind and name."""
     found: dict[str, str] = {}
     for line in lines:
-        for kind, measured in (line.get("measures") or {}).items():
-            for name in list(measured["all"])[:1]:
+        for kind, one in (line.get("measures") or {}).items():
+            for name in list(one["all"])[:1]:
                 found.setdefault(kind, name)
     return list(found.items())
 
 
 def shown(line: Mapping[str, Any], kind: str, name: str) -> str:
     """`6.7 [5.1, 8]`, or a dash."""
-    score = ((line.get("measures") or {}).get(kind) or {"all": {}})["all"].get(name)
+    score = measured(line, kind, name)
     if not score or score["mean"] is None:
         return "–"
     ends = score["low"], score["high"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmleak.report import _words
-from lmleak.report._study import Place
+from lmleak.report._study import Place, measured
 from lmleak.runs.results import recovered
 
 
@@ -60,7 +60,7 @@ def panels(cells: Sequence[Place], metric: str) -> list[Panel]:
         base = plain.get((observed(place), place.attack))
         point = Point(place, epsilon, score["mean"], _ends(place, base, metric, score))
         groups.setdefault(key, {}).setdefault(place.attack, []).append(point)
-        found = ((place.line.get("measures") or {}).get("reconstruction_bound") or {"all": {}})["all"].get("here")
+        found = measured(place.line, "reconstruction_bound", "here")
         if found and found["mean"] is not None:
             bounds.setdefault(key, {})[epsilon] = found["mean"]
     made = []
@@ -130,12 +130,12 @@ def promised(cells: Sequence[Place]) -> dict[str, list[Tokens]]:
     for place in cells:
         texts = place.run.examples.get(place.cell, {})
         for batch, row in place.run.batches.get(place.cell, {}).items():
-            measured = ((row.get("measures") or {}).get("dp_distinguishability") or {}).get("details") or {}
+            details = ((row.get("measures") or {}).get("dp_distinguishability") or {}).get("details") or {}
             truth = (texts.get(batch) or {}).get("reference", {}).get("tokens") or []
-            if row["status"] in ("failed", "not_applicable") or len(truth) != 1 or not measured.get("tokens"):
+            if row["status"] in ("failed", "not_applicable") or len(truth) != 1 or not details.get("tokens"):
                 continue
             answer = ((texts[batch]["reconstruction"]["tokens"] or [[]])[0]) if batch in texts else []
-            for i, (token, d) in enumerate(zip(truth[0], measured["tokens"][0], strict=False)):
+            for i, (token, d) in enumerate(zip(truth[0], details["tokens"][0], strict=False)):
                 bin_ = sum(d > edge for edge in EDGES[1:])
                 hit = i < len(answer) and answer[i] == token
                 found.setdefault(place.attack, {}).setdefault(bin_, []).append((d, hit))

@@ -171,6 +171,11 @@ def _block(setting: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return block if isinstance(block, Mapping) else {}
 
 
+def measured(line: Mapping[str, Any], kind: str, name: str) -> Mapping[str, Any] | None:
+    """One value `{mean, low, high, n}` of one measure of all that a cell observes, or None."""
+    return ((line.get("measures") or {}).get(kind) or {"all": {}})["all"].get(name)
+
+
 def metrics(cells: Iterable[Place]) -> list[str]:
     """Metrics that any cell has, the one the study is read by first."""
     present = {name for place in cells for name in (place.line.get("scores") or {}) if place.score(name)}
