@@ -46,6 +46,14 @@ class Space:
         """Weights at one position, [words]."""
         return self.weights if self.weights.dim() == 1 else self.weights[place]
 
+    def told(self, nats: Tensor) -> Space:
+        """The same space where evidence [t, v] speaks of the first t positions, and what was said of later ones."""
+        common = self.weights if self.common is None else self.common
+        weights = common * nats[:, self.words].exp()
+        if self.weights.dim() > 1:
+            weights = torch.cat([weights, self.weights[len(weights) :]])
+        return replace(self, weights=weights, common=common)
+
 
 class Moves:
     """Changes of sentences of one space."""
@@ -60,6 +68,11 @@ class Moves:
         self.centred = torch.nn.functional.normalize(own - own.mean(0), dim=-1)
         self.row = {word: i for i, word in enumerate(space.words.tolist())}
         self.kept: dict[int, list[int]] = {}
+
+    def told(self, space: Space) -> None:
+        """From now on words are likely by another space's weights."""
+        self.space = space
+        self.kept.clear()
 
     def usual(self, place: int) -> list[int]:
         """Words likely at a position before any sentence is scored, likeliest first; none where all are alike."""
@@ -115,7 +128,7 @@ class Moves:
                 orders = self._estimated(at, slope, [*self._reordered(at)], wide // 2)
                 exchanged = self._estimated(at, slope, [*self._exchanged(at, top.indices[:, :4], pool)], wide // 2)
                 yield changed + orders + exchanged
-                yield self._estimated(at, slope, [*self._reordered(at)], wide)
+                yield self._estimated(at, slope, [*self._reordered(at), *self._carried(at)], 4 * wide)
                 yield [self._put(at, i, word) for i in free for word in self._near(at.tokens[i])]
                 if self.wide > 1:
                     yield from self._shifted(at, top.indices)
@@ -209,6 +222,15 @@ class Moves:
                     other = list(at.tokens)
                     other.insert(j, other.pop(i))
                     yield replace(at, tokens=tuple(other))
+
+    def _carried(self, at: Candidate) -> Iterable[Candidate]:
+        """Several words in a row moved together: "the curtains moved a gentle wind all afternoon"."""
+        free = self.free(at.tokens)
+        for first in free:
+            for last in range(first + 2, free.stop):
+                for stop in range(last + 2, free.stop + 1):  # what follows changes places with them
+                    words = at.tokens
+                    yield replace(at, tokens=words[:first] + words[last:stop] + words[first:last] + words[stop:])
 
     def _exchanged(self, at: Candidate, likely: Tensor, pool: list[int]) -> Iterable[Candidate]:
         """One position deleted and a word inserted elsewhere: of the population, or likely there."""

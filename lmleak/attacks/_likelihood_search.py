@@ -14,11 +14,14 @@ import torch
 
 from lmleak.attacks._likelihood_moves import Moves, Space
 from lmleak.attacks._likelihood_score import Candidate, Scorer
+from lmleak.attacks._likelihood_words import Evidence
 
 STARTS = 48  #: fresh sentences a start is the best of
 HEATS = 3  #: quick starts before the best sentence of all is ascended from in earnest
 SCAN = 12  #: sentences of every length in the first start, where lengths are not granted
 LENGTHS = 3  #: that are kept of them
+WORTH = 0.03  #: share by which a sentence is better than the last that was asked about
+ORDERED = 1  #: turn of `Moves.of` at which all orders of the words were tried
 SURE = 7.0  #: nats beyond the number of single changes by which a sentence that is settled leads every rival scored
 FIT = 2.0  #: standard deviations from what the truth would score
 EXACT = 1e-5  #: share of a clean gradient left by the sentence that it is of; float32 leaves 1e-7
@@ -29,9 +32,17 @@ class Search:
     """Ascends against one release; every sentence scored is remembered."""
 
     def __init__(
-        self, scorer: Scorer, space: Space, shortlist: int, generator: torch.Generator, prior: LogPrior | None
+        self,
+        scorer: Scorer,
+        space: Space,
+        shortlist: int,
+        generator: torch.Generator,
+        prior: LogPrior | None,
+        evidence: Evidence | None = None,
     ):
         self.scorer, self.space, self.generator, self.prior = scorer, space, generator, prior
+        self.evidence = evidence
+        self.asked: float | None = None  #: score of the last sentence around which the release was asked
         self.moves = Moves(space, scorer.table, shortlist, round(1 / scorer.price))
         self.likely: tuple[int, ...] = ()  #: lengths that fresh sentences have
         self.known: dict[Candidate, float] = {}
@@ -80,8 +91,11 @@ class Search:
             self.others = list(starts)
             if self.scorer.profiled or not self._explained(self.best):
                 self._ascend(self.best, limit)
+        # Where words stand out, every start finds the same, at the price of a thousand sentences.
+        told = self.evidence is not None and self.evidence.loud and len(self.space.lengths) == 1
+        heats = 1 if told else HEATS
         while self.scorer.evaluations < limit and not (self.known and self._settled(self.best)):
-            for _ in range(HEATS):
+            for _ in range(heats):
                 drawn = self.fresh(STARTS if self.likely else max(STARTS, SCAN * len(self.space.lengths)))
                 values = self.score(drawn)
                 self._narrow(values, drawn)
@@ -110,10 +124,14 @@ class Search:
     def _explained(self, candidate: Candidate) -> bool:
         """Whether it leaves so little of the gradient, or so little of the truth's score, that no other can be it."""
         product, square = (float(part) for part in self.scorer.measures([candidate]))
-        noise = self.scorer.noise
+        noise, count = self.scorer.noise, self.scorer.numel
+        energy = sum(float(t.double().square().sum()) for t in self.scorer.targets.values())
+        left = energy - 2 * product + square
         if not noise:
-            energy = sum(float(t.double().square().sum()) for t in self.scorer.targets.values())
-            return energy - 2 * product + square < EXACT * energy
+            return left < EXACT * energy
+        # Of several sentences, one that stands in for another fits; together they leave more than noise.
+        if self.scorer.batch > 1 and left > noise**2 * (count + FIT * math.sqrt(2 * count)):
+            return False
         # One of MiniLM's words moves 1 % of the squared norm: five standard deviations and more below this noise.
         return noise < 2e-3 * square**0.5 and abs(product - square) < 2 * noise * square**0.5
 
@@ -132,16 +150,31 @@ class Search:
         self.score([at])
         while self.scorer.evaluations < limit:
             slope = self.scorer.slope(at)
-            better = at
-            for changes in self.moves.of(at, slope, self._pool(), self.known, quick):
+            better, asked = at, False
+            for turn, changes in enumerate(self.moves.of(at, slope, self._pool(), self.known, quick)):
                 better = self._better(at, changes)
-                if better != at or self.scorer.evaluations >= limit:
+                # Before many words are tried at every place, the release is asked about these around the others.
+                asked = better == at and not quick and turn == ORDERED and self._ask(at, limit)
+                if better != at or asked or self.scorer.evaluations >= limit:
                     break
-            if better == at:
+            if better == at and not asked:
                 self.local[at] = None
                 break
             at = better
         return at
+
+    def _ask(self, at: Candidate, limit: float) -> bool:
+        """Takes up what the release says of words around this sentence; whether it was asked now."""
+        if self.evidence is None or self.scorer.evaluations >= limit:
+            return False
+        if self.asked is not None and self.known[at] < self.asked + WORTH * abs(self.asked):
+            return False  # one word more says little, and asking costs 25 sentences a place
+        self.asked = self.known[at]
+        nats = self.evidence.around(self.scorer, at)
+        if nats is not None:
+            self.space = self.space.told(nats)
+            self.moves.told(self.space)
+        return nats is not None
 
     def _better(self, at: Candidate, changes: list[Candidate]) -> Candidate:
         """The best of the changes, or of the helpful ones of one length made together."""

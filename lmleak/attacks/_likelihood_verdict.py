@@ -115,7 +115,10 @@ def judge(scorer: Scorer, search: Search, space: Space, risk: float, generator: 
         fit = float((products[0] - squares[0]) / (scorer.noise * squares[0].clamp_min(1e-300).sqrt()))
         # The truth is beyond 2 once in 20 times, beyond 3 once in 400: a sentence that is, is a local optimum, or
         # stands in for another one of the batch.
-        sure = posterior * min(1.0, math.erfc(abs(fit) / math.sqrt(2)) / UNUSUAL)
+        # A word that is wrong elsewhere, in another sentence of the batch say, leaves more than noise.
+        variance, count = scorer.noise**2, scorer.numel
+        worst = max(abs(fit), (missed / variance - count) / math.sqrt(2 * count))
+        sure = posterior * min(1.0, math.erfc(worst / math.sqrt(2)) / UNUSUAL)
     else:
         sure = posterior * (explained if explained > 1 - 1e-3 else 0.5 * max(explained, 0.0))
     found = Verdict(

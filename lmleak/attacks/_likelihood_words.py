@@ -15,19 +15,21 @@ import torch
 from torch import Tensor
 
 from lmleak.attacks._applicability import ATTENTION
+from lmleak.attacks._likelihood_block import block
+from lmleak.attacks._likelihood_deltas import SIZES, Guess, Part, Read, Words
 from lmleak.attacks._likelihood_score import Candidate, Scorer
-from lmleak.attacks._rowspace import known_input, matrix
-from lmleak.models._input import InputLayer
+from lmleak.attacks._rowspace import known_input
 from lmleak.records import Entry, Victim
 
 FIRST = 10  #: added to ranks: the commonest word has 6 % of an English text, not 50
 MARKS, LETTERS = 10, 200  #: ranks of single marks and of single letters and digits, which come before all words
-#: A word's output gradient is one of these times what drawn sentences have: MiniLM's for "hall" is six times that for
-#: "the". With one size alone, a word of little gradient is ranked by its noise.
-SIZES = (0.0, 0.2, 0.5, 1.0, 2.0)
-TEMPER = 2.0  #: places share words and gradients, so evidence is taken for half of what it says
+TEMPER = 2.0  #: places share rows of the tables, so their evidence is taken for half of what it says
 LARGE = 12.0  #: standard deviations at which a row of a tied table is as likely as a row can be
 MOST = 40.0  #: nats that evidence may count for
+SURE, SUREST = 7.0, 3  #: nats beyond chance from which a word is taken for true; how many are at first
+KEPT = 1000  #: words of a place whose order is kept
+#: of looking at a word at a place once, in sentences: MiniLM's 30,522 words as much as 13 sentences
+PRICE = 4.2e-4
 
 
 def frequency(victim: Victim) -> Tensor:
@@ -51,76 +53,107 @@ def frequency(victim: Victim) -> Tensor:
     return out if 2 * rank > len(texts) else torch.ones(len(texts))
 
 
-def evidence(victim: Victim, scorer: Scorer, drawn: Sequence[Candidate], length: int) -> Tensor | None:
-    """Nats for each word at each place, [t, v], given nothing else; None where no module speaks of words alone.
+class Evidence:
+    """What a release says of words at places, whatever else is in the sentence or around a sentence guessed.
 
     Args:
-        victim: its input layer and tables.
+        victim: its input layer, layer 0 and tables.
         scorer: of the release; inside `frozen`.
-        drawn: sentences drawn without the gradient, `length` tokens each.
-        length: tokens of the sentence.
+        drawn: sentences drawn without the gradient, all of the length that is asked about first.
     """
-    rows, layer = scorer.rows(), known_input(victim)
-    read = [e for e in scorer.entries if e.layer == 0 and e.component in ATTENTION and len(e.shape) == 2]
-    read = read if layer is not None else []
-    if not scorer.noise or not drawn or (rows is None and not read):
+
+    def __init__(self, victim: Victim, scorer: Scorer, drawn: Sequence[Candidate], fixed: tuple[int, ...]):
+        self.fixed, self.drawn = fixed, drawn[0].tokens
+        self.parts = _parts(victim, scorer, drawn)
+        self.rows = _of_rows(victim, scorer, drawn)
+        self.loud = False  #: whether a word stood out at first; where none did, asking again is not worth its price
+        self.price = len(self.parts) * len(scorer.table) * PRICE  #: of one place, in sentences
+
+    def first(self, scorer: Scorer) -> Tensor | None:
+        """Nats for each word at each place, [t, v], given nothing else; None where no module speaks of words alone.
+
+        The gradient of a strong word hides that of others until it is taken for true: the surest goes first.
+        """
+        tokens, believed = list(self.drawn), list(self.fixed)
+        out: Tensor | None = None
+        told: dict[int, Tensor] = {}
+        while self.parts:
+            raw = self._of_parts(scorer, Guess(tuple(tokens), tuple(sorted(believed))))
+            out = _apart(raw)
+            for place, row in told.items():
+                out[place] = row
+            raw[believed] = -torch.inf
+            place, word = divmod(int(raw.argmax()), raw.shape[1])
+            if float(raw[place, word]) < math.log(raw.numel()) + SURE or len(told) == SUREST:
+                break
+            tokens[place], told[place] = word, out[place].clone()
+            believed.append(place)
+        self.loud = bool(told)
+        known = [part for part in (self.rows, out) if part is not None]
+        return _bounded(torch.stack(known).sum(0)) if known else None
+
+    def around(self, scorer: Scorer, one: Candidate) -> Tensor | None:
+        """The same given that sentence's other words, by its own length."""
+        if not self.loud:
+            return None
+        out = _apart(self._of_parts(scorer, Guess(one.tokens, tuple(range(len(one.tokens))))))
+        return _bounded(out if self.rows is None else out + self.rows[: len(out)])
+
+    def _of_parts(self, scorer: Scorer, guess: Guess) -> Tensor:
+        out = torch.zeros(len(guess.tokens), len(scorer.table), dtype=scorer.table.dtype, device=scorer.table.device)
+        ends = [i if i < len(self.drawn) // 2 else i + len(out) - len(self.drawn) for i in self.fixed]
+        for place in range(len(out)):
+            if place not in ends:
+                scorer.evaluations += self.price
+                for part in self.parts:
+                    out[place] += part.nats(scorer.targets, scorer.noise**2, guess, place)
+        return out
+
+
+def _apart(nats: Tensor) -> Tensor:
+    """One word seldom stands at two places, and its gradient shows at all of them."""
+    return 2 * nats - nats.logsumexp(0)
+
+
+def _parts(victim: Victim, scorer: Scorer, drawn: Sequence[Candidate]) -> list[Part]:
+    """What of layer 0 is observed and understood."""
+    out: list[Part] = []
+    layer = known_input(victim)
+    first = {e.component: e for e in scorer.entries if e.layer == 0 and len(e.shape) == 2}
+    read = [e for name, e in first.items() if name in ATTENTION] if layer is not None else []
+    pair = (first["ffn_in"], first["ffn_out"]) if {"ffn_in", "ffn_out"} <= set(first) else ()
+    if not read and not pair:
+        return out
+    vocabulary, deltas = Words(scorer.table), scorer.deltas(drawn, [*read, *pair[1:]])
+    if layer is not None and read:
+        out.append(Read(victim, vocabulary, layer, read, torch.cat([deltas[e.name] for e in read], -1)))
+    forward = block(scorer, vocabulary, pair, drawn, deltas[pair[1].name]) if pair else None
+    return out if forward is None else [*out, forward]
+
+
+def _bounded(nats: Tensor) -> Tensor:
+    """At most 0 and at least -MOST, squeezed so that the best thousand words of a place keep their order.
+
+    Layer 0's inputs are known up to what attention adds, so far above the noise the ratios are too sure of themselves.
+    """
+    top = nats.topk(min(KEPT, nats.shape[1]), 1).values
+    scale = (MOST / (top[:, :1] - top[:, -1:]).clamp_min(1e-9)).clamp_max(1.0)
+    return ((nats - top[:, :1]) * scale).clamp_min(-MOST)
+
+
+def _of_rows(victim: Victim, scorer: Scorer, drawn: Sequence[Candidate]) -> Tensor | None:
+    """What the token table's rows say of words at places, [t, v]."""
+    rows, length = scorer.rows(), len(drawn[0].tokens)
+    if rows is None:
         return None
-    deltas = scorer.deltas(drawn, [e for e in (rows, *read) if e is not None])
-    total = torch.zeros(length, len(scorer.table), dtype=scorer.table.dtype, device=scorer.table.device)
     tied = victim.module.get_output_embeddings()
-    if rows is not None and tied is not None and tied.weight is victim.module.get_input_embeddings().weight:
+    if tied is not None and tied.weight is victim.module.get_input_embeddings().weight:
         # Each row is a word's own gradient as an input and as a target: only that it is large says something.
         energy = scorer.targets[rows.name].square().sum(1)
         spread = 1.4826 * (energy - energy.median()).abs().median() + 1e-12 * energy.max()
-        total += ((energy - energy.median()) / spread).clamp(0, LARGE)
-    elif rows is not None:
-        total += _by_rows(victim, scorer, rows, deltas[rows.name], length)
-    for entry in read:
-        assert layer is not None
-        gradient = matrix(victim.module, entry, scorer.targets[entry.name])
-        total += _by_inputs(layer, gradient, deltas[entry.name], length)
-    if read or not tied:
-        # One word seldom stands at two places, and its gradient shows at all of them.
-        total = 2 * total - total.logsumexp(0)
-    return (total - total.amax(1, keepdim=True)).clamp_min(-MOST)
-
-
-def _by_inputs(layer: InputLayer, gradient: Tensor, deltas: Tensor, length: int) -> Tensor:
-    """From what a gradient [o, d] holds along each word's input at each place, less what all words share."""
-    mean, spread = _moments(deltas)
-    mapped = gradient * layer.weight
-    words, ones = layer.word @ mapped.T, mapped.sum(1)
-    own = words.square().sum(1)
-    middle = layer.word if layer.position is None else layer.word + layer.position[:length].mean(0)
-    shift, scale = _norm(layer, middle)
-    x = (middle - shift[:, None]) * scale[:, None] * layer.weight
-    reach = (x - x.mean(0)).norm(dim=1)
-    out = []
-    for place in range(length):
-        row = layer.word.new_zeros(layer.word.shape[1]) if layer.position is None else layer.position[place]
-        shift, scale = _norm(layer, layer.word + row)
-        more = mapped @ row
-        # z = words + more - shift ones, y = scale z - its mean; only inner products of it are needed.
-        along = words @ torch.stack([more, ones], 1)
-        square = own + more @ more + shift.square() * (ones @ ones) + 2 * along[:, 0]
-        square = square - 2 * shift * (along[:, 1] + more @ ones)
-        shared = (scale @ words + scale.sum() * more - (scale @ shift) * ones) / len(scale)
-        two = torch.stack([shared, mean[place]], 1)
-        z = words @ two + more @ two - shift[:, None] * (ones @ two)
-        energy = scale.square() * square - 2 * scale * z[:, 0] + shared @ shared
-        product = scale * z[:, 1] - shared @ mean[place]
-        energy, product = energy / reach.square(), product / reach
-        variance = float(energy.median()) / len(gradient)  # other words' gradients are in it too
-        scales = [size * float(reach.median()) for size in SIZES]
-        parts = [_log(energy, a * product, a * mean[place], variance + a**2 * spread) for a in scales]
-        out.append(torch.stack(parts).logsumexp(0) + 0.5 * energy / variance)
-    return torch.stack(out) / TEMPER
-
-
-def _norm(layer: InputLayer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What the layer's norm takes off each row [v, d], and what it multiplies by, [v]."""
-    shift = x.mean(1) if layer.norm == "layer" else x.new_zeros(len(x))
-    return shift, torch.rsqrt(x.square().mean(1) - shift.square() + layer.eps)
+        return ((energy - energy.median()) / spread).clamp(0, LARGE).expand(length, -1)
+    out = _by_rows(victim, scorer, rows, scorer.deltas(drawn, [rows])[rows.name], length)
+    return 2 * out - out.logsumexp(0)
 
 
 def _by_rows(victim: Victim, scorer: Scorer, rows: Entry, deltas: Tensor, length: int) -> Tensor:

@@ -22,7 +22,7 @@ from lmleak.attacks._likelihood_prior import log_prior
 from lmleak.attacks._likelihood_score import Candidate, Scorer
 from lmleak.attacks._likelihood_search import STARTS, LogPrior, Search
 from lmleak.attacks._likelihood_verdict import Verdict, hopeless, judge
-from lmleak.attacks._likelihood_words import evidence, frequency
+from lmleak.attacks._likelihood_words import Evidence, frequency
 from lmleak.attacks._objective import frozen
 from lmleak.attacks._prior import Task
 from lmleak.attacks._rowspace import dropped_out
@@ -36,7 +36,7 @@ Positive = Annotated[int, Field(gt=0)]
 ROUNDS = 4  #: how often each of several sentences is sought, given the others
 CLEAR = 2.0  #: a matrix whose energy is this many times its noise's is clean enough for the exact attacks
 LOOK = 0.6  #: share of the budget spent on the upper layers alone, where they hold most of the signal
-HEARD = 16  #: drawn sentences that say how large output gradients are
+HEARD = 48  #: drawn sentences that say how large output gradients are
 KEPT = 6  #: best sentences of the first look that the whole release is asked about
 #: An easy case, for the contract tests.
 EXAMPLE = {
@@ -107,8 +107,9 @@ def attack(
         return refuse("no_signal", lost, {"evaluations": round(scorer.evaluations), "noise": scorer.noise})
     starts = _exact(config, observation, knowledge, victim, generator, scorer, frame, spaces)
     with frozen(victim.module):
-        spaces = _told(config, victim, scorer, spaces, draw)
-        found, verdicts, spent = _sought(config, victim, scorer, spaces, starts, weighed, generator, progress)
+        told = _told(config, victim, scorer, spaces, draw)
+        spaces = _weighed_by(told, scorer, spaces)
+        found, verdicts, spent = _sought(config, victim, scorer, spaces, told, starts, weighed, generator, progress)
     details = {
         "labels": [one.label for one in found],
         "lengths": [len(one.tokens) for one in found],
@@ -140,13 +141,15 @@ def _sought(
     victim: Victim,
     scorer: Scorer,
     spaces: list[Space],
+    told: Evidence | None,
     starts: list[Candidate | None],
     prior: LogPrior | None,
     generator: torch.Generator,
     progress: Callable[[str], None],
 ) -> tuple[list[Candidate], list[Verdict], int]:
     """The sentences, what may be said of each, and the evaluations spent."""
-    b, found, spent = len(spaces), list(starts), 0.0
+    b, found, spent = len(spaces), list(starts), scorer.evaluations
+    budget = config.budget - min(spent / b, 0.5 * config.budget)  # what was asked before any sentence
     verdicts: list[Verdict | None] = [None] * b
     rounds = ROUNDS if b > 1 else 1
     show = lambda one: progress(victim.processor.decode(list(one.tokens), skip_special_tokens=True))  # noqa: E731
@@ -160,7 +163,8 @@ def _sought(
                 if j != i and other is not None:
                     rest = {name: rest[name] - part for name, part in scorer.total(other).items()}
             aimed = scorer.aimed(rest, scorer.noise)
-            search, limit = Search(aimed, space, config.shortlist, generator, prior), config.budget / rounds
+            search = Search(aimed, space, config.shortlist, generator, prior, told)
+            limit = budget / rounds
             begun = [one for one in found[i : i + 1] if one is not None]
             # A third of the modules does not tell lengths apart.
             upper = None if begun or len(space.lengths) > 1 else aimed.upper()
@@ -206,15 +210,21 @@ def _spaces(
 
 def _told(
     config: Config, victim: Victim, scorer: Scorer, spaces: list[Space], generator: torch.Generator
-) -> list[Space]:
-    """The spaces with what the gradient itself says of words at each position."""
-    length = max(max(space.lengths) for space in spaces)
-    whole = replace(spaces[0], lengths=(length,))
+) -> Evidence | None:
+    """What the gradient itself says of words at each position; None where that is nothing."""
+    if not scorer.noise:
+        return None
+    whole = replace(spaces[0], lengths=(max(max(space.lengths) for space in spaces),))
     drawn = Search(scorer, whole, config.shortlist, generator, None).fresh(HEARD)
-    nats = evidence(victim, scorer, drawn, length)
-    if nats is None:
-        return spaces
-    return [replace(one, weights=one.weights * nats[:, one.words].exp(), common=one.weights) for one in spaces]
+    length, frame = whole.lengths[0], whole.frame
+    fixed = (*range(len(frame.first)), *range(length - len(frame.last), length))
+    return Evidence(victim, scorer, drawn, fixed)
+
+
+def _weighed_by(told: Evidence | None, scorer: Scorer, spaces: list[Space]) -> list[Space]:
+    """The spaces with what is known before any sentence is guessed."""
+    nats = told.first(scorer) if told is not None else None
+    return spaces if nats is None else [one.told(nats) for one in spaces]
 
 
 def _exact(
