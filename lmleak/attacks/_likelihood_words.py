@@ -61,11 +61,15 @@ class Evidence:
         victim: its input layer, layer 0 and tables.
         scorer: of the release; inside `frozen`.
         drawn: sentences drawn without the gradient, all of the length that is asked about first.
+        fixed: places of special tokens in them.
+        inputs: whether layer 0's matrices are asked too, or the token table alone.
     """
 
-    def __init__(self, victim: Victim, scorer: Scorer, drawn: Sequence[Candidate], fixed: tuple[int, ...]):
+    def __init__(
+        self, victim: Victim, scorer: Scorer, drawn: Sequence[Candidate], fixed: tuple[int, ...], inputs: bool = True
+    ):
         self.fixed, self.drawn = fixed, drawn[0].tokens
-        self.parts = _parts(victim, scorer, drawn)
+        self.parts = _parts(victim, scorer, drawn) if inputs else []
         self.rows = _of_rows(victim, scorer, drawn)
         self.loud = False  #: whether a word stood out at first; where none did, asking again is not worth its price
         self.price = len(self.parts) * len(scorer.table) * PRICE  #: of one place, in sentences
