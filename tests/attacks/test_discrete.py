@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmleak.attacks._discrete import WIDE, Search
+from lmleak.attacks._discrete import PLACES, SHIFTS, WIDE, Search
 from lmleak.attacks._energy import Tally, of_tokens, slope
 
 WORDS = 700
@@ -78,7 +78,7 @@ def test_widening_the_minimum_changes_nothing_and_few_are_scored(search):
     search.score([TRUTH])
     assert search.widen(TRUTH) == TRUTH
     free = len(TRUTH) - 2
-    assert search.energy.tally.sentences < 6 * WIDE + free**2 + 20
+    assert search.energy.tally.sentences < PLACES * WIDE + sum(SHIFTS) + free**2 + 20 + 3 * (1 + len(SHIFTS))
 
 
 def test_scores_are_the_energies(search):
