@@ -76,7 +76,7 @@ def log_ratio(along: Tensor, reach: Tensor, spread: Tensor, variance: Tensor) ->
 
 
 def directions(deltas: Tensor) -> tuple[Tensor, Tensor]:
-    """Basis [o, k] and second moments [k] of output gradients [n, o] at words."""
+    """Basis [o, k] and second moments [k] of output gradients [n, o]."""
     _, values, right = torch.linalg.svd(deltas, full_matrices=False)
     kept = min(RANK, int((values > 1e-6 * values[0].clamp_min(1e-30)).sum()))
     return right[:kept].T, values[:kept].square() / len(deltas)

@@ -6,6 +6,7 @@ noise^2 nats, w the clipping factor of x itself (or its share of the mean). Neit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -156,6 +157,14 @@ class Scorer:
                     products, squares, _ = self._measured(factors, length)
                 out[0, part], out[1, part] = products.double().cpu(), squares.double().cpu()
         return out[0], out[1]
+
+    def energy(self) -> float:
+        """Squared norm of the release."""
+        return sum(float(t.double().square().sum()) for t in self.targets.values())
+
+    def excess(self, left: float) -> float:
+        """Standard deviations by which a squared norm left of the release is more than its noise's."""
+        return (left / self.noise**2 - self.numel) / math.sqrt(2 * self.numel)
 
     def slope(self, candidate: Candidate) -> Slope:
         """Score of one candidate and its first-order change for every token at every position.

@@ -124,14 +124,15 @@ class Search:
     def _explained(self, candidate: Candidate) -> bool:
         """Whether it leaves so little of the gradient, or so little of the truth's score, that no other can be it."""
         product, square = (float(part) for part in self.scorer.measures([candidate]))
-        noise, count = self.scorer.noise, self.scorer.numel
-        energy = sum(float(t.double().square().sum()) for t in self.scorer.targets.values())
-        left = energy - 2 * product + square
-        if not noise:
-            return left < EXACT * energy
-        # Of several sentences, one that stands in for another fits; together they leave more than noise.
-        if self.scorer.batch > 1 and left > noise**2 * (count + FIT * math.sqrt(2 * count)):
-            return False
+        noise = self.scorer.noise
+        if not noise or self.scorer.batch > 1:
+            energy = self.scorer.energy()
+            left = energy - 2 * product + square
+            if not noise:
+                return left < EXACT * energy
+            # Of several sentences, one that stands in for another fits; together they leave more than noise.
+            if self.scorer.excess(left) > FIT:
+                return False
         # One of MiniLM's words moves 1 % of the squared norm: five standard deviations and more below this noise.
         return noise < 2e-3 * square**0.5 and abs(product - square) < 2 * noise * square**0.5
 

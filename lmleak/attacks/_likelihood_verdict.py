@@ -95,7 +95,7 @@ def judge(scorer: Scorer, search: Search, space: Space, risk: float, generator: 
         Candidate((*best.tokens[:i], word, *best.tokens[i + 1 :]), best.label) for i in free for word in drawn(OTHERS)
     ]
     products, squares = scorer.measures([best, *blind, *exchanged])
-    energy = sum(float(t.double().square().sum()) for t in scorer.targets.values())
+    energy = scorer.energy()
     missed = max(energy - 2 * float(products[0]) + float(squares[0]), 0.0)
     explained = 1 - missed / energy if energy else 0.0
     # Noise that nobody states is no larger than what is left unexplained.
@@ -116,8 +116,7 @@ def judge(scorer: Scorer, search: Search, space: Space, risk: float, generator: 
         # The truth is beyond 2 once in 20 times, beyond 3 once in 400: a sentence that is, is a local optimum, or
         # stands in for another one of the batch.
         # A word that is wrong elsewhere, in another sentence of the batch say, leaves more than noise.
-        variance, count = scorer.noise**2, scorer.numel
-        worst = max(abs(fit), (missed / variance - count) / math.sqrt(2 * count))
+        worst = max(abs(fit), scorer.excess(missed))
         sure = posterior * min(1.0, math.erfc(worst / math.sqrt(2)) / UNUSUAL)
     else:
         sure = posterior * (explained if explained > 1 - 1e-3 else 0.5 * max(explained, 0.0))
