@@ -15,15 +15,13 @@ from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from lmleak.attacks._energy import Reached
+from lmleak.attacks._feed_forward import before
 from lmleak.attacks._likelihood_deltas import Guess, Words, beyond, directions, outside
 from lmleak.attacks._likelihood_score import Candidate, Scorer
 from lmleak.attacks._rowspace import matrix
 from lmleak.records import Entry
-
-ACTIVATIONS = ("hidden_act", "activation_function", "activation")  #: names that configurations give it
 
 
 class Block:
@@ -141,28 +139,21 @@ def block(
     """The part of two observed matrices; None where it is of another kind: gated, say, or with its norm behind it."""
     module = scorer.victim.module
     found = re.match(scorer.victim.family.BLOCK, pair[0].module)
-    named = next((getattr(module.config, n) for n in ACTIVATIONS if hasattr(module.config, n)), None)
-    if found is None or not isinstance(named, str):
+    if found is None:
         return None
-    layer, act = module.get_submodule(found.group()), ACT2FN[named]
-    inner, outer = (module.get_submodule(e.module) for e in pair)
-    norms: dict[int, nn.Module] = {}
-    seen: dict[str, Tensor] = {}
-    handles = [
-        m.register_forward_hook(lambda module, args, out: norms.__setitem__(out.data_ptr(), module))
-        for m in layer.modules()
-        if "norm" in type(m).__name__.lower()
-    ]
-    handles.append(inner.register_forward_hook(lambda module, args, out: seen.update(low=args[0], before=out)))
-    handles.append(outer.register_forward_pre_hook(lambda module, args: seen.update(high=args[0])))
-    try:
-        with torch.no_grad():
+    outer = module.get_submodule(pair[1].module)
+
+    def run() -> Tensor:
+        seen: list[Tensor] = []
+        handle = outer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
             ids = torch.tensor([drawn[0].tokens], device=scorer.table.device)
             module(input_ids=ids, attention_mask=torch.ones_like(ids))
-    finally:
-        for handle in handles:
+        finally:
             handle.remove()
-    norm = norms.get(seen["low"].data_ptr())
-    if norm is None or not torch.allclose(act(seen["before"]), seen["high"], atol=1e-5):
+        return seen[0]
+
+    kind = before(scorer.victim, module.get_submodule(pair[0].module), run)
+    if kind is None:
         return None
-    return Block(scorer, words, layer, pair, norm, act, drawn, deltas)
+    return Block(scorer, words, module.get_submodule(found.group()), pair, *kind, drawn, deltas)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize
-from transformers.activations import ACT2FN
 
 from lmleak.attacks._energy import CHUNK, Energy
+from lmleak.attacks._feed_forward import before
 from lmleak.records import Victim
 
 STARTS = 96  #: of one call of `Rows.extend`, as one batch
@@ -79,34 +79,18 @@ class Hidden:
 
 def hidden(victim: Victim, energy: Energy) -> Hidden | None:
     """The block whose second matrix is the first site of `energy`, attached; None where it cannot be solved for."""
-    one, config = energy.sites[0], victim.module.config
-    name = getattr(config, "hidden_act", getattr(config, "activation", None))
-    act = ACT2FN[name] if isinstance(name, str) else name
+    one = energy.sites[0]
     own, other = (victim.family.COMPONENTS[name][0] for name in ("ffn_out", "ffn_in"))
     with suppress(AttributeError):
         first = victim.module.get_submodule(re.sub(re.escape(own) + "$", other, one.entry.module))
-        norms: dict[int, nn.LayerNorm] = {}
-        seen: dict[str, Tensor] = {}
-        # The norm is the one whose very output the first matrix reads.
-        hooks = [
-            norm.register_forward_hook(lambda module, args, out: norms.__setitem__(out.data_ptr(), module))
-            for norm in victim.module.modules()
-            if isinstance(norm, nn.LayerNorm)
-        ]
-        hooks.append(first.register_forward_hook(lambda module, args, out: seen.update(h=args[0], a=out)))
-        try:
-            with torch.no_grad():
-                x = energy.inputs(energy.table[:2][None])[0]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        norm = norms.get(seen["h"].data_ptr()) if "h" in seen else None
-        if norm is None or norm.bias is None or act is None or not isinstance(first, nn.Linear):
+        found = before(victim, first, lambda: energy.inputs(energy.table[:2][None])[0])
+        if found is None or not isinstance(first, nn.Linear):
             return None
-        if len(x[0, 0]) <= len(one.basis) + len(norm.weight):
+        norm, act = found
+        if not isinstance(norm, nn.LayerNorm) or norm.bias is None:
+            return None
+        if one.basis.shape[1] <= len(one.basis) + len(norm.weight):
             return None  # no more equations than unknowns
-        if not torch.allclose(act(seen["a"]), x, atol=1e-5):
-            return None
         scale, shift = norm.weight.detach().float(), norm.bias.detach().float()
         weight = first.weight.detach().float()
         bias = weight @ shift + first.bias.detach().float()
