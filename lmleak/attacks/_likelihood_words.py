@@ -22,8 +22,6 @@ from lmleak.attacks._likelihood_score import Candidate, Scorer
 from lmleak.attacks._rowspace import known_input
 from lmleak.records import Entry, Victim
 
-FIRST = 10  #: added to ranks: the commonest word has 6 % of an English text, not 50
-MARKS, LETTERS = 10, 200  #: ranks of single marks and of single letters and digits, which come before all words
 TEMPER = 2.0  #: places share rows of the tables, so their evidence is taken for half of what it says
 LARGE = 12.0  #: standard deviations at which a row of a tied table is as likely as a row can be
 MOST = 40.0  #: nats that evidence may count for
@@ -31,27 +29,6 @@ SURE, SUREST = 7.0, 3  #: nats beyond chance from which a word is taken for true
 KEPT = 1000  #: words of a place whose order is kept
 #: of looking at a word at a place once, in sentences: MiniLM's 30,522 words as much as 13 sentences
 PRICE = 4.2e-4
-
-
-def frequency(victim: Victim) -> Tensor:
-    """How common each token is, [v], up to a constant."""
-    processor = victim.processor
-    texts = processor.convert_ids_to_tokens(list(range(len(processor))))
-    out = torch.zeros(len(processor))
-    rank = 0
-    for i, text in enumerate(texts):
-        plain = str(text).lstrip("#Ġ▁") or str(text)
-        if plain.startswith("[") and plain.endswith("]"):
-            out[i] = 1 / (len(texts) + FIRST)  # BERT's special tokens, and a thousand that no text uses
-        elif len(plain) > 1:
-            rank += 1
-            out[i] = 1 / (rank + FIRST)
-        elif plain.isascii():
-            out[i] = 1 / (LETTERS if plain.isalnum() else MARKS + FIRST)
-        else:
-            out[i] = 1 / (len(texts) + FIRST)
-    # A vocabulary of characters is in no order.
-    return out if 2 * rank > len(texts) else torch.ones(len(texts))
 
 
 class Evidence:

@@ -23,8 +23,9 @@ from lmleak.attacks._batch_search import BatchSearch
 from lmleak.attacks._energy import Site
 from lmleak.attacks._rowspace import RowSpace, describe, known_input, matrix
 from lmleak.attacks._subspace_relax import Schedule
-from lmleak.attacks._subspace_sentence import RIDGE, vocabulary
+from lmleak.attacks._subspace_sentence import RIDGE
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
+from lmleak.attacks._vocabulary import vocabulary
 from lmleak.records import Entry, Knowledge, Observation, Reconstruction, Victim
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from lmleak.attacks._energy_heads import HeadEnergy, Heads
 from lmleak.attacks._neighbours import Neighbours, Settled
 from lmleak.attacks._subspace_relax import Pool, Schedule, relax
 from lmleak.attacks._text import Frame, sentence
+from lmleak.attacks._vocabulary import vocabulary
 from lmleak.records import Reconstruction, Victim
 
 FRESH = 2  #: every so many rounds start over the whole vocabulary, those between over the tokens met so far
@@ -125,10 +126,10 @@ class SentenceSearch:
                 if best is None or value < best[0]:
                     best, verdict = self._judged((value, end))
                     self.progress(f"energy {best[0]:.3f}: {self._text(best[1])}")
+                if verdict >= 1:
+                    best, verdict = self._widened(best, seen)
                 if verdict < 1 or self.energy.tally.sentences >= config.budget:
                     break
-            if verdict >= 1 and best is not None:
-                best, verdict = self._widened(best, seen)
             rounds += 1
         assert best is not None
         return self._answer(best, verdict, rounds, details)
@@ -176,9 +177,12 @@ class SentenceSearch:
         As long as they help would spend half of a budget on one sentence: MiniLM, attention output of layer 4, 9 words.
         """
         best, verdict = self._judged(best)
-        if verdict >= 1 and best[1] not in self.search.wide and self.energy.tally.sentences < self.config.budget:
-            end = self.search.descend(self.search.widen(best[1]), seen, self.config.budget)
+        while verdict >= 1 and best[1] not in self.search.wide and self.energy.tally.sentences < self.config.budget:
+            end = self.search.widen(best[1])
             best, verdict = self._judged((self.search.scores[end], end))
+            if verdict >= 1:
+                end = self.search.descend(best[1], seen, self.config.budget)
+                best, verdict = self._judged((self.search.scores[end], end))
         return best, verdict
 
     def _verdict(self, tokens: tuple[int, ...]) -> float:
@@ -208,11 +212,3 @@ class SentenceSearch:
 
     def _text(self, tokens: tuple[int, ...]) -> str:
         return self.victim.processor.decode(list(tokens), skip_special_tokens=True)
-
-
-def vocabulary(victim: Victim) -> Tensor:
-    """Token ids that may stand in a sentence: all but the special tokens and the tokenizer's unused slots."""
-    rows = victim.module.get_input_embeddings().weight.shape[0]
-    banned = set(victim.processor.all_special_ids)
-    banned |= {i for token, i in victim.processor.get_vocab().items() if token.startswith("[unused")}
-    return torch.tensor([i for i in range(rows) if i not in banned])

@@ -22,11 +22,12 @@ from lmleak.attacks._likelihood_prior import log_prior
 from lmleak.attacks._likelihood_score import Candidate, Scorer
 from lmleak.attacks._likelihood_search import STARTS, LogPrior, Search
 from lmleak.attacks._likelihood_verdict import Verdict, hopeless, judge
-from lmleak.attacks._likelihood_words import Evidence, frequency
+from lmleak.attacks._likelihood_words import Evidence
 from lmleak.attacks._objective import frozen
 from lmleak.attacks._prior import Task
 from lmleak.attacks._rowspace import dropped_out
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
+from lmleak.attacks._vocabulary import frequency
 from lmleak.defenses import gaussian
 from lmleak.gradients.factors import unfactored
 from lmleak.records import Knowledge, Observation, Reconstruction, Victim

@@ -28,9 +28,10 @@ from lmleak.attacks._subspace_batch import batch
 from lmleak.attacks._subspace_first import first_layer
 from lmleak.attacks._subspace_pixels import attack_pixels, reads_pixels
 from lmleak.attacks._subspace_rows import hidden
-from lmleak.attacks._subspace_sentence import DOUBTED, Landscape, SentenceSearch, landscape, vocabulary
+from lmleak.attacks._subspace_sentence import DOUBTED, Landscape, SentenceSearch, landscape
 from lmleak.attacks._subspace_words import guess
 from lmleak.attacks._text import Frame, refuse, sentence, special_frame
+from lmleak.attacks._vocabulary import vocabulary
 from lmleak.records import Entry, Knowledge, Observation, Reconstruction, Victim
 
 Positive = Annotated[int, Field(gt=0)]
