@@ -15,7 +15,7 @@ from lmleak.attacks._energy_heads import HeadEnergy, Heads
 from lmleak.attacks._neighbours import Neighbours, Settled
 from lmleak.attacks._subspace_relax import Pool, Schedule, relax
 from lmleak.attacks._text import Frame, sentence
-from lmleak.attacks._vocabulary import vocabulary
+from lmleak.attacks._vocabulary import frequency, vocabulary
 from lmleak.records import Reconstruction, Victim
 
 FRESH = 2  #: every so many rounds start over the whole vocabulary, those between over the tokens met so far
@@ -76,6 +76,9 @@ class SentenceSearch:
         self.generator, self.progress = generator, progress
         self.length, self.free = length, length - frame.size
         self.words = vocabulary(victim).to(self.energy.table.device)
+        # Where a relaxation begins. With all words alike it never reaches common ones, whose embeddings are unlike the
+        # others: MiniLM, attention output of layer 3, 8 sentences, 33 % of their words at its ends and 69 % with this.
+        self.prior = frequency(victim).log().to(self.energy.table.device)
         first = len(frame.first)
         self.grain = landscape.grain
         self.search = Search(landscape.fine, self.words, first, first + self.free, self.grain, config.shortlist)
@@ -117,6 +120,7 @@ class SentenceSearch:
                 self._done,
                 hint,
                 trust,
+                self.prior[words][None],
             )
             tokens = relaxed.best(4 * config.restarts)
             seen = tokens if seen is None else torch.cat([seen, tokens], 1)

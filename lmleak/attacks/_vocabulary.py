@@ -23,28 +23,27 @@ def vocabulary(victim: Victim) -> Tensor:
     banned = set(victim.processor.all_special_ids)
     banned |= {i for token, i in victim.processor.get_vocab().items() if token.startswith("[unused")}
     allowed = torch.tensor([i for i in range(rows) if i not in banned])
-    common = torch.nn.functional.pad(frequency(victim), (0, max(0, rows - len(victim.processor))))[allowed]
-    return allowed[common.argsort(descending=True, stable=True)]
+    return allowed[frequency(victim)[allowed].argsort(descending=True, stable=True)]
 
 
 def frequency(victim: Victim) -> Tensor:
-    """How common each token is, [v], up to a constant."""
+    """How common each token is, up to a constant: [v] for all that the tokenizer has and all rows of the table."""
     processor = victim.processor
     texts = processor.convert_ids_to_tokens(list(range(len(processor))))
-    out = torch.zeros(len(processor))
+    size = max(len(texts), len(victim.module.get_input_embeddings().weight))
+    out = torch.full((size,), 1 / (len(texts) + FIRST))  # special tokens, unused rows, BERT's thousand unused tokens
     rank = 0
     for i, text in enumerate(texts):
         plain = str(text).lstrip("#Ġ▁") or str(text)
         if plain.startswith("[") and plain.endswith("]"):
-            out[i] = 1 / (len(texts) + FIRST)  # BERT's special tokens, and a thousand that no text uses
-        elif len(plain) > 1:
+            continue
+        if len(plain) > 1:
             rank += 1
             out[i] = 1 / (rank + FIRST)
         elif plain.isascii():
-            own = SINGLES.get(plain, LETTERS) if plain.isalnum() else SINGLES.get(plain, MARKS)
-            # Inside a word, where WordPiece never leaves a mark.
-            out[i] = 1 / ((own if text == plain or not str(text).startswith("#") else len(texts)) + FIRST)
-        else:
-            out[i] = 1 / (len(texts) + FIRST)
+            own = SINGLES.get(plain, LETTERS if plain.isalnum() else MARKS)
+            if str(text).startswith("##"):  # inside a word, where WordPiece never leaves a mark
+                own = LETTERS if plain.isalnum() else len(texts)
+            out[i] = 1 / (own + FIRST)
     # A vocabulary of characters is in no order.
-    return out if 2 * rank > len(texts) else torch.ones(len(texts))
+    return out if 2 * rank > len(texts) else torch.ones(size)

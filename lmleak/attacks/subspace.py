@@ -58,10 +58,10 @@ class Config(BaseModel):
 
     steps: Positive = 30  #: of mirror descent a round
     restarts: Positive = 4  #: a round, as one batch
-    rate: Number = 0.5  #: step of the log-probabilities, in standard deviations of the slope over the vocabulary
+    rate: Number = 0.8  #: step of the log-probabilities, in standard deviations of the slope over the vocabulary
     ridge: Number = 0.1  #: what the boldest restart begins with; each further one with less
     shortlist: Positive = 8  #: changes tried for every position and kind
-    budget: Positive = 20_000  #: sentences sent through the model, a backward pass counted as two
+    budget: Positive = 30_000  #: sentences sent through the model, a backward pass counted as two
 
 
 def attack(

@@ -167,13 +167,6 @@ def test_evidence_names_words_at_their_places(victim, chosen, most):
     assert int((again[2] > again[2, 90]).sum()) < 2 * most
 
 
-def test_frequent_words_are_numbered_first(minilm):
-    common = words.frequency(minilm)
-    code = minilm.processor.convert_tokens_to_ids
-    assert common[code("the")] > common[code("harbor")] > common[code("talisman")] > 0
-    assert common[code(".")] > common[code("x")] > common[code("ð")]
-
-
 def test_words_scored_at_a_position_say_which_to_score_next(victim):
     table = victim.module.get_input_embeddings().weight.detach()
     space = Space(torch.arange(200), torch.ones(200), Frame((), ()), (3,), (1,))
