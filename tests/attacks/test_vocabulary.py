@@ -43,12 +43,12 @@ def test_rows_that_the_tokenizer_does_not_know_are_rare_words(tiny_bert):
 
 
 def test_a_sentence_of_common_words_is_read_from_an_attention_output(minilm, tmp_path):
-    """1,831 candidates; 3,537 where all words are alike at the start, and at layer 3 none of 30,000 then is right."""
+    """1,976 candidates; not within 8,000 where all words are alike at the start."""
     path = tmp_path / "said.tsv"
     path.write_text("s\t1\t*\ti'll work on it if i can.\n")
     batch = load_batches(minilm, "cola", path=str(path), limit=1)[0]
-    seen = observe(minilm, batch, select(minilm, components="attn_output", layers=2, parameters="weight"))
-    found = attack(seen, minilm, "subspace", budget=2500)
+    seen = observe(minilm, batch, select(minilm, components="attn_output", layers=1, parameters="weight"))
+    found = attack(seen, minilm, "subspace", budget=4000)
     assert found.tokens == batch.reference.tokens
     assert found.status == "ok"
     assert found.confidence[0] > 0.9
