@@ -1,10 +1,8 @@
-"""Which words to try where, before any sentence is guessed: by their rank in the tokenizer and by their own evidence.
+"""Which words to try where, before any sentence is guessed and around one: what the release itself says of words.
 
-Tokenizers number their tokens from frequent to rare (WordPiece's vocabularies are sorted so, byte pairs are merged in
-that order), which is as public as the tokenizer is, and words of a text follow Zipf's law. The gradient itself names
-words where their inputs are known: rows of the token table, and the matrices of layer 0, whose inputs hang on little
-but word and place. A strong word hides the others until it is taken for true, so these are asked again around what was
-found, and cheaply: a place costs as much as 25 sentences.
+It names them where their inputs are known: rows of the token table, and the matrices of layer 0, whose inputs hang on
+little but word and place. A strong word hides the others until it is taken for true, so these are asked again around
+what was found, and cheaply: a place costs as much as 25 sentences. How common words are: `_vocabulary.py`.
 """
 
 from __future__ import annotations

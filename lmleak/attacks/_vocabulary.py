@@ -31,8 +31,7 @@ def frequency(victim: Victim) -> Tensor:
     processor = victim.processor
     texts = processor.convert_ids_to_tokens(list(range(len(processor))))
     size = max(len(texts), len(victim.module.get_input_embeddings().weight))
-    out = torch.full((size,), 1 / (len(texts) + FIRST))  # special tokens, unused rows, BERT's thousand unused tokens
-    rank = 0
+    rank, out = 0, [1 / (len(texts) + FIRST)] * size  # special tokens, unused rows, BERT's thousand unused tokens
     for i, text in enumerate(texts):
         plain = str(text).lstrip("#Ġ▁") or str(text)
         if plain.startswith("[") and plain.endswith("]"):
@@ -46,4 +45,4 @@ def frequency(victim: Victim) -> Tensor:
                 own = LETTERS if plain.isalnum() else len(texts)
             out[i] = 1 / (own + FIRST)
     # A vocabulary of characters is in no order.
-    return out if 2 * rank > len(texts) else torch.ones(size)
+    return torch.tensor(out) if 2 * rank > len(texts) else torch.ones(size)
