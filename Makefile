@@ -24,8 +24,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 study: $(VENV)/.demo
 	$(BIN)/lmleak run quickstart
 
+# The longest first, and whoever is done takes over: nothing long is left for one process at the end.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 tests notebooks
+	$(BIN)/python -m pytest -n 2 --dist worksteal --nbmake --nbmake-timeout=300 notebooks tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
