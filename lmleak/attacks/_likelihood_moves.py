@@ -84,7 +84,7 @@ class Moves:
             best = [w.topk(min(self.widths[-1], len(w))).indices.to(self.space.words.device) for w in kinds]
             ranked = [self.space.words[rows].tolist() for rows in best]
             both = dict.fromkeys(word for pair in zip_longest(*ranked) for word in pair if word is not None)
-            self.kept[key] = list(both)
+            self.kept[key] = list(both)[: self.widths[-1]]
         return self.kept[key]
 
     def of(
@@ -106,7 +106,7 @@ class Moves:
         free = self.free(at.tokens)
         gain = slope.gain.masked_fill(~self.allowed, -torch.inf)[free.start : free.stop]
         top = gain.topk(min(self.widths[-1], len(self.space.words)), -1)
-        tried, asked = 0, 0
+        tried = 0
         for width in self.widths:
             ranked = [
                 (float(v), free.start + i, int(token))
@@ -116,10 +116,8 @@ class Moves:
             ranked.sort(reverse=True)
             changed = [self._put(at, place, token) for _, place, token in ranked]
             # By rank, so that each place has its turn: the slope of one word says little of another far from it.
-            # As many by evidence as by frequency, once more than a few are tried: "after" is 56th and 41st.
-            until = width if not tried or self.space.common is None else 2 * width
             usual = [
-                self._put(at, i, word) for k in range(asked, until) for i in free for word in self.usual(i)[k : k + 1]
+                self._put(at, i, word) for k in range(tried, width) for i in free for word in self.usual(i)[k : k + 1]
             ]
             changed = [one for pair in zip_longest(changed, usual) for one in pair if one is not None and one != at]
             if quick:
@@ -137,7 +135,7 @@ class Moves:
             else:
                 for first in range(0, len(changed), CHUNK):
                     yield changed[first : first + CHUNK]
-            tried, asked = width, until
+            tried = width
         yield self._estimated(at, slope, [self._put(at, i, w) for i in free for w in pool], wide)
         yield self._estimated(at, slope, [*self._exchanged(at, top.indices[:, :4], pool)], 2 * wide)
         if self.wide == 1:
