@@ -62,16 +62,17 @@ class Found:
                 together.append(tuple(joint))
         return self.best(together)
 
+    def verdict(self, tokens: Sentence) -> float:
+        """Below 1 where its inputs prove a sentence; `Deflated.verdict`."""
+        return self.energy.verdict(torch.tensor(tokens, device=self.energy.table.device))
+
     def accept(self, tokens: Sentence) -> bool:
         """Takes a sentence that its inputs prove."""
-        if tokens in self.sentences:
-            return False
-        ids = torch.tensor(tokens, device=self.energy.table.device)
-        verdict = self.energy.verdict(ids)
+        verdict = math.inf if tokens in self.sentences else self.verdict(tokens)
         if verdict >= 1:
             return False
         self.sentences[tokens] = verdict
-        self.energy.deflate(ids)
+        self.energy.deflate(torch.tensor(tokens, device=self.energy.table.device))
         self.scores.clear()
         self.progress(tokens)
         return True

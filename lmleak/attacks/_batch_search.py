@@ -20,6 +20,7 @@ from lmleak.attacks._text import Frame
 KEPT = 3  #: words a token of the batch that stay in play
 DRAWN = 48  #: sentences of each length at a time
 STARTS = 6  #: descents at a time; draws before the first, too
+NARROW = 24  #: sentences instead, where layer 0 leaves positions no more words than there are sentences
 CHOICES = 12  #: words tried at each position; all where none of these helps
 REPLANTED = 4  #: words, whose absence costs least, that are put elsewhere or give way to another
 SHORTER, LONGER = 0.45, 1.6  #: of the mean length, in which the next sentence is sought at first
@@ -40,6 +41,7 @@ class BatchSearch:
     ):
         self.found, self.energy, self.frame, self.vocabulary = found, found.energy, frame, vocabulary
         self.places, self.shortlist, self.budget, self.generator = places, shortlist, budget, generator
+        self.narrow = places is not None and int(places.allowed.sum()) <= found.size * len(places.allowed)
         self.guesses: dict[int, tuple[float, Sentence]] = {}  #: best of each length that is not the truth
         # Ends of descents since the last sentence found. Draws keep away from them: five rounds in a row ended in
         # "the dodgers beat the red sox and were beaten by giants." else, one word short of the truth.
@@ -66,10 +68,10 @@ class BatchSearch:
             longest = found.rest - (found.size - 1) * (self.frame.size + 1)
             self.words = Words(self.energy, self.frame, kept, longest, found.ridge, self.generator)
         drawn: list[tuple[float, Sentence]] = []
-        draws = STARTS
+        width, draws = (NARROW, 2) if self.narrow else (DRAWN, STARTS)
         while found.missing and self.lengths() and self.energy.evaluations < self.budget:
             for _ in range(draws):
-                drawn += self.words.sample(self.lengths(), DRAWN, [*found.sentences, *self.ends])
+                drawn += self.words.sample(self.lengths(), width, [*found.sentences, *self.ends])
             if self._round(sorted(set(drawn))[:STARTS]):
                 self.guesses.clear()
                 self.ends.clear()
@@ -109,17 +111,19 @@ class BatchSearch:
         return False
 
     def descend(self, tokens: Sentence) -> Sentence:
-        """Best sentence reached by changes, the cheap kinds first, until none helps or the budget is spent."""
+        """Best sentence reached by changes, the cheap kinds first, until none helps or the budget is spent.
+
+        Where words have one place each, a wrong end is left for the next start at first. Two sentences, layers 0 and 1:
+        850 to 1,130 sentences tried, or 130 to 150 so, and with fewer drawn; four, 3,800 and 5,600, or 660 and 720.
+        """
+        kinds = (self._reordered, self._resized, self._any, self._replanted, self._grown, self._fresh)
         while self.energy.evaluations < self.budget:
-            kinds = (
-                self._replaced,
-                self._reordered,
-                self._resized,
-                self._any,
-                self._replanted,
-                self._grown,
-                self._fresh,
-            )
+            better = self._replaced(tokens)
+            if better != tokens:
+                tokens = better
+                continue
+            if self.found.verdict(tokens) < 1 or (self.narrow and not self.rounds):
+                break
             for changes in kinds:
                 better = changes(tokens)
                 if better != tokens:

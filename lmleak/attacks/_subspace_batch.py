@@ -143,7 +143,7 @@ class _Batch:
             if basis.misfit(self.observation.gradients) < MISFIT:
                 fill = Fill(self.found, self.frame, self.schedule, self.generator)
                 return Guided(self.victim, self.observation, basis, fill, self.budget)
-        words = vocabulary(self.victim).to(self.energy.table.device)
+        words = self.places.words if self.places else vocabulary(self.victim).to(self.energy.table.device)
         return BatchSearch(
             self.found, self.frame, words, self.places, self.config.shortlist, self.budget, self.generator
         )
