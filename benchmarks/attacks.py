@@ -67,7 +67,6 @@ def matched(asked: argparse.Namespace) -> None:
     """LAMP, whole schedule."""
     fields = {name: max(1, round(asked.share * full)) for name, full in FULL.items()}
     fields |= {"restarts": asked.restarts, "prior": asked.prior}
-    surprise = plain_prior(load_model("generic", weights=asked.prior, task="causal-lm")) if asked.prior else None
     for model in asked.models:
         # BERT-base's shape with random weights for the cost: what is read there says nothing about BERT.
         weights = {"weights": MINILM} if model == "minilm" else {"weights": "random", "tokenizer": MINILM}
@@ -82,7 +81,9 @@ def matched(asked: argparse.Namespace) -> None:
                 seen = observe(victim, batch, select(victim, **SELECTIONS[name][1]))
                 known = grant(victim, batch, labels=True, lengths=True)
                 config = Config(**fields)
-                begun = time.process_time()
+                begun = time.process_time()  # both sides load their language model
+                load = lambda: plain_prior(load_model("generic", weights=asked.prior, task="causal-lm"))  # noqa: E731
+                surprise = load() if asked.prior else None
                 tokens, distance = lamp(config, seen, known, victim, surprise)
                 line |= result("plain", begun, batch, wrapped(victim, [tokens]), distance)
                 begun = time.process_time()

@@ -36,6 +36,22 @@ def test_padding_does_not_change_a_score(prior):
     torch.testing.assert_close(prior([text for pair in PAIRS for text in pair]), alone, rtol=1e-4, atol=1e-4)
 
 
+def test_texts_of_one_beginning_score_as_each_does_by_the_models_own_loss(tiny_bert, tmp_path):
+    config = {"n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+    model = load_model("gpt2", weights="random", task="causal-lm", tokenizer="bytes", config=config, device="cpu")
+    model.module.save_pretrained(tmp_path)
+    tokenizer = model.processor
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["abc de", "abc ed", "abc", "abc de", "b", "abd e", "e de abc"]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    plain = []
+    for text in texts:
+        ids = torch.tensor([[start, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        plain.append(model.module(input_ids=ids, labels=ids).loss.detach())
+    assert max(plain) - min(plain) > 0.5
+    torch.testing.assert_close(load_prior(str(tmp_path), tiny_bert)(texts), torch.stack(plain), rtol=1e-4, atol=1e-4)
+
+
 def test_an_empty_text_has_a_finite_score(prior):
     assert torch.isfinite(prior(["", "word"])).all()
 
