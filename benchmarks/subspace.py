@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--components", default=",".join(COMPONENTS))
     parser.add_argument("--layers", default="0-4")
     parser.add_argument("--sentences", type=int, default=50)
+    parser.add_argument("--skip", type=int, default=0, help="of them, from the first")
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--min-tokens", type=int, default=None)
     parser.add_argument(
@@ -70,7 +71,7 @@ def measure(asked: argparse.Namespace) -> None:
     keys = ("data", "max_tokens", "component", "layer", "batch", "fields", "wrong", "dtype", "tuned")
     done = {json.dumps([line.get(key) or None for key in keys]) for line in read(asked.save)}
     asked.save.parent.mkdir(parents=True, exist_ok=True)
-    for batch in batches:
+    for batch in batches[asked.skip :]:
         for layer in layers:
             for component in asked.components.split(","):
                 line = {"data": asked.data, "max_tokens": asked.max_tokens, "component": component, "layer": layer}

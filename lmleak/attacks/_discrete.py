@@ -18,6 +18,7 @@ USUAL = 8  #: commonest words tried in the new place of every word that moves
 #: Words tried in the new place of a word that moved, by the rank of the move: the true one of MiniLM's layer 4 was the
 #: 5th least harmful with the true word 53rd by its estimate, the 8th (232nd) and the 18th (first).
 SHIFTS = (WIDE,) * 8 + (32,) * 16
+SHORT = 3  #: words of a run from which on an exchange of runs comes after the commonest words
 ASSIGNED = 8  #: places with the largest residuals whose words are dealt out anew, all at once
 ALL = 20  #: free places up to which every move is looked at; beyond it, those to the largest residuals
 
@@ -65,11 +66,14 @@ class Search:
             pool: [free, m] tokens to try at each position beside those the gradient proposes.
         """
         self.score([sentence])
+        kinds = [self._replaced, self._dealt, self._reordered]
         while self.energy.tally.sentences < limit and sentence not in self.local:
             slope = self._slope(sentence)
-            for changes in (self._replaced, self._dealt, self._reordered):
+            for changes in kinds:
                 better = self._best(sentence, changes(sentence, slope, pool))
                 if better != sentence:
+                    # What helped once helps again: the others wait.
+                    kinds = [changes, *(other for other in kinds if other != changes)]
                     break
             else:
                 self.local.add(sentence)
@@ -85,9 +89,15 @@ class Search:
         missing, so that neither deletion nor insertion helps alone. Then `WIDE` other words, in the same two ways.
         """
         self.wide.add(sentence)
+        best = self._exchanged(sentence, range(1, SHORT))
+        if best != sentence:
+            return best
         worst = self._worst(sentence)
         places = [i for i in worst if i in self.places][:PLACES]
         best = self._best(sentence, [put(sentence, i, w) for i in places for w in self.words[:COMMON].tolist()])
+        if best != sentence:
+            return best
+        best = self._exchanged(sentence, range(SHORT, len(self.places) // 2 + 1))
         if best != sentence:
             return best
         targets = list(self.places)
@@ -103,6 +113,26 @@ class Search:
                 return best
             best = self._anywhere(shifted, [place], width)
         return min(sentence, best, key=self.scores.__getitem__)
+
+    def _exchanged(self, sentence: tuple[int, ...], sizes: range) -> tuple[int, ...]:
+        """The best exchange of two neighbouring runs of words, of the least shorter run that helps; all are tried.
+
+        A first-order estimate ranks them last: "a good yarn these days - - which is nothing to sneeze at", 28 words,
+        1,647th to 2,951st of 3,617 at layers 3 and 4.
+        """
+        first, last = self.places.start, self.places.stop
+        runs = [(i, j, k) for i in range(first, last) for j in range(i + 1, last) for k in range(j + 1, last + 1)]
+        best = sentence
+        for size in sizes:
+            turned = [
+                (*sentence[:i], *sentence[j:k], *sentence[i:j], *sentence[k:])
+                for i, j, k in runs
+                if min(j - i, k - j) == size
+            ]
+            best = self._best(sentence, turned)
+            if best != sentence:
+                break
+        return best
 
     def _moved(self, sentence: tuple[int, ...], targets: list[int]) -> list[tuple[int, tuple[int, ...]]]:
         """New place of a word that moved and the sentence with it or a common word there, least harmful moves first."""

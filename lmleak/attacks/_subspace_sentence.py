@@ -19,6 +19,10 @@ from lmleak.attacks._vocabulary import frequency, vocabulary
 from lmleak.records import Reconstruction, Victim
 
 FRESH = 2  #: every so many rounds start over the whole vocabulary, those between over the tokens met so far
+#: A relaxation is begun again over the words that it ended at, as often, and as long as its best sentence leaves this
+#: share of its inputs unexplained. Its words are the right ones long before they stand in their places: MiniLM,
+#: value of layer 4, 28 words, 24 of them are among the ends of the first, 6 at their places; 22 after three more.
+AGAIN, LOOSE = 4, 0.1
 HEADS_RIDGE = 10.0  #: of heads' values, which repeat each other more than inputs do, over that of inputs
 RIDGE = 1e-4  #: of the discrete energy: above float32's rounding of X X^T, below what separates sentences
 DOUBTED = 0.5  #: probability among its neighbours below which an answer says so in words
@@ -107,24 +111,16 @@ class SentenceSearch:
             end = self.search.descend(start, seen, spent + max(0, config.budget - spent) // 2)
             best, verdict = self._widened((self.search.scores[end], end), seen)
         while verdict >= 1 and (best is None or self.energy.tally.sentences + self._round(rounds) <= config.budget):
-            hint, trust = self._trust(best[1]) if best else (None, None)
-            fresh = seen is None or rounds % FRESH == 0
-            words = self.words if seen is None or fresh else seen.unique()
-            relaxed = relax(
-                self.coarse,
-                self.frame,
-                self.free,
-                words,
-                schedule if fresh else replace(schedule, restarts=2 * config.restarts),
-                self.generator,
-                self._done,
-                hint,
-                trust,
-                self.prior[words][None],
-            )
+            relaxed = self._relaxed(schedule, None if seen is None or rounds % FRESH == 0 else seen, best)
+            near = self._nearest(relaxed)
+            for _ in range(AGAIN):
+                if near[0] < LOOSE * self.length or self.energy.tally.sentences + self._round(1) > config.budget:
+                    break
+                relaxed = self._relaxed(schedule, relaxed.best(4 * config.restarts), near)
+                near = min(near, self._nearest(relaxed))
             tokens = relaxed.best(4 * config.restarts)
             seen = tokens if seen is None else torch.cat([seen, tokens], 1)
-            for start in self._starts(relaxed, best):
+            for start in self._starts(relaxed, near, best):
                 end = self.search.descend(start, seen, config.budget)
                 value = self.search.scores[end]
                 if best is None or value < best[0]:
@@ -135,6 +131,19 @@ class SentenceSearch:
             rounds += 1
         assert best is not None
         return self._answer(best, verdict, rounds, details)
+
+    def _relaxed(self, schedule: Schedule, seen: Tensor | None, hint: Best | None) -> Pool:
+        """A relaxation over the vocabulary, or over words seen."""
+        words, given = (self.words, self.prior[self.words][None]) if seen is None else (seen.unique(), None)
+        if seen is not None:
+            schedule = replace(schedule, restarts=2 * schedule.restarts)
+        own, trust = self._trust(hint[1]) if hint else (None, None)
+        return relax(self.coarse, self.frame, self.free, words, schedule, self.generator, self._done, own, trust, given)
+
+    def _nearest(self, pool: Pool) -> Best:
+        """The best of the restarts' likeliest sentences."""
+        rows = [tuple(row) for row in pool.sentences(self.frame).tolist()]
+        return min(zip(self.search.score(rows), rows, strict=True))
 
     def _round(self, rounds: int) -> int:
         """Evaluations that the relaxation of a round takes at most, a backward pass counted as two."""
@@ -191,9 +200,9 @@ class SentenceSearch:
     def _verdict(self, tokens: tuple[int, ...]) -> float:
         return self.energy.verdict(torch.tensor(tokens, device=self.words.device))
 
-    def _starts(self, pool: Pool, best: Best | None) -> list[tuple[int, ...]]:
+    def _starts(self, pool: Pool, near: Best, best: Best | None) -> list[tuple[int, ...]]:
         """The two best of the restarts' likeliest sentences, and the best so far."""
-        rows = list(dict.fromkeys(tuple(row) for row in pool.sentences(self.frame).tolist()))
+        rows = list(dict.fromkeys([near[1], *(tuple(row) for row in pool.sentences(self.frame).tolist())]))
         ranked = [row for _, row in sorted(zip(self.search.score(rows), rows, strict=True))]
         return ranked[:2] + ([best[1]] if best else [])
 
