@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -99,6 +101,37 @@ def test_a_doubled_word_gives_way_to_the_missing_last_one(search):
     for _ in range(3):
         search.score([at])
         at = search.descend(search.widen(at), torch.tensor([[5]] * (len(TRUTH) - 2)), 10**6)
+    assert at == TRUTH
+
+
+@given(order=st.permutations(range(1, len(TRUTH) - 1)), size=st.integers(1, 3))
+@settings(max_examples=30, deadline=None)
+def test_neighbouring_runs_exchanged_are_all_turns_of_all_windows(order, size):
+    search = Search(Landscape(TRUTH), torch.arange(2, WORDS), 1, len(TRUTH) - 1, 0.0, 8)
+    mixed = (TRUTH[0], *(TRUTH[i] for i in order), TRUTH[-1])
+    turns = [mixed]
+    for start in range(1, len(TRUTH) - 1):
+        for stop in range(start + 2, len(TRUTH)):
+            window = deque(mixed[start:stop])
+            for turn in range(1, len(window)):
+                window.rotate(1)
+                if min(turn, len(window) - turn) == size:
+                    turns.append((*mixed[:start], *window, *mixed[stop:]))
+    least = min(Search(Landscape(TRUTH), search.words, 1, len(TRUTH) - 1, 0.0, 8).score(turns))
+    search.score([mixed])
+    found = search._exchanged(mixed, range(size, size + 1))
+    assert search.scores[found] <= least
+    assert set(turns) <= set(search.scores)
+    assert found == mixed or search.scores[found] < search.scores[mixed]
+
+
+def test_a_run_in_a_wrong_place_goes_back_when_widened(search):
+    wrong = (*TRUTH[:1], *TRUTH[3:7], *TRUTH[1:3], *TRUTH[7:])
+    assert sorted(wrong) == sorted(TRUTH)
+    search.score([wrong])
+    at = search.widen(wrong)
+    while at not in search.wide:
+        at = search.widen(at)
     assert at == TRUTH
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lmleak.attacks._energy import Energy, of_tokens, site
 from lmleak.attacks._energy_heads import HeadEnergy, heads
 from lmleak.attacks._energy_likelihood import noised
 from lmleak.attacks._energy_marginal import GRAIN, Marginal
+from lmleak.attacks._subspace_relax import relax
 from lmleak.attacks._text import special_frame
 from lmleak.records import Knowledge
 
@@ -65,6 +67,23 @@ def test_an_exhausted_budget_is_no_answer(minilm):
     assert result.status == "budget_exhausted"
     assert result.tokens != batch.reference.tokens
     assert result.confidence[0] < 0.5
+
+
+def test_a_relaxation_begins_again_over_the_words_it_ended_at(minilm, monkeypatch):
+    seen, _ = seen_at(minilm, "attn_output", 4)
+    calls = []
+
+    def spied(energy, frame, free, words, *rest):
+        calls.append((words, relax(energy, frame, free, words, *rest)))
+        return calls[-1][1]
+
+    monkeypatch.setattr("lmleak.attacks._subspace_sentence.relax", spied)
+    result = attack(seen, minilm, "subspace", steps=3, budget=600)
+    assert result.status == "budget_exhausted"
+    assert len(calls) > 2
+    for (_, before), (words, _) in pairwise(calls):
+        assert set(words.tolist()) == set(before.best(16).unique().tolist())
+    assert result.details["evaluations"] <= 600 + 1
 
 
 def test_a_space_of_no_sentence_is_never_a_confident_answer(minilm):
@@ -169,6 +188,11 @@ def test_an_attention_output_shows_its_values_head_by_head(minilm, layer):
         slow.append(total / len(one.places))
     torch.testing.assert_close(fast.double(), torch.stack(slow), rtol=1e-3, atol=1e-3)
     assert fast[0] < 0.1 * fast[1]
+
+
+def test_heads_whose_dimensions_a_sentence_all_but_fills_are_not_read(minilm):
+    seen, _ = seen_at(minilm, "attn_output", 2)
+    assert heads(minilm, seen, seen.entries[0], 25) is None  # of 32 dimensions
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
