@@ -65,7 +65,7 @@ def heads(victim: Victim, observation: Observation, entry: Entry, tokens: int) -
     """Reads one attention output, or None where its heads show nothing.
 
     Args:
-        tokens: inputs that carry gradient; as many directions a head, which must leave a quarter of its dimensions. 30
+        tokens: inputs that carry gradient; as many directions a head, which must leave an eighth of its dimensions. 30
             of 32 say next to nothing: layer 0, 30 tokens, not found in 30,000 sentences, and in 6,000 without.
     """
     if entry.component != "attn_output":
@@ -75,7 +75,7 @@ def heads(victim: Victim, observation: Observation, entry: Entry, tokens: int) -
     assert isinstance(value, nn.Linear)
     count = victim.module.config.num_attention_heads
     width = value.out_features // count
-    if 4 * tokens > 3 * width:
+    if 8 * tokens > 7 * width:
         return None
     weight = value.weight.detach().double().unflatten(0, (count, width))
     power, turn = torch.linalg.eigh(weight @ weight.mT)
