@@ -78,6 +78,7 @@ def test_a_relaxation_begins_again_over_the_words_it_ended_at(minilm, monkeypatc
         return calls[-1][1]
 
     monkeypatch.setattr("lmleak.attacks._subspace_sentence.relax", spied)
+    monkeypatch.setattr("lmleak.attacks._subspace_sentence.EACH", 1)
     result = attack(seen, minilm, "subspace", steps=3, budget=600)
     assert result.status == "budget_exhausted"
     assert len(calls) > 2

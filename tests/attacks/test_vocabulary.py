@@ -43,7 +43,7 @@ def test_rows_that_the_tokenizer_does_not_know_are_rare_words(tiny_bert):
 
 
 def test_a_sentence_of_common_words_is_read_from_an_attention_output(minilm, tmp_path):
-    """1,976 candidates; not within 8,000 where all words are alike at the start."""
+    """3,049 candidates; not within 8,000 where all words are alike at the start."""
     path = tmp_path / "said.tsv"
     path.write_text("s\t1\t*\ti'll work on it if i can.\n")
     batch = load_batches(minilm, "cola", path=str(path), limit=1)[0]
