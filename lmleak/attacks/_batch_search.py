@@ -114,7 +114,7 @@ class BatchSearch:
         """Best sentence reached by changes, the cheap kinds first, until none helps or the budget is spent.
 
         Where words have one place each, a wrong end is left for the next start at first. Two sentences, layers 0 and 1:
-        850 to 1,130 sentences tried, or 130 to 150 so, and with fewer drawn; four, 3,800 and 5,600, or 660 and 720.
+        800 to 1,130 sentences tried, 160 to 180 so and with fewer drawn; four, 3,800 and 5,600, then 760 and 1,900.
         """
         kinds = (self._reordered, self._resized, self._any, self._replanted, self._grown, self._fresh)
         while self.energy.evaluations < self.budget:

@@ -74,7 +74,7 @@ def _losses(model: Victim, inputs: list[list[int]], labels: list[list[int]], cau
         hook.remove()
     index = [(number[key], labels[i][at], i) for key, (i, at) in zip(keys, asked, strict=True)]
     rows, wanted, owners = torch.tensor(index, dtype=torch.long, device=device).view(-1, 3).T
-    return logits.logsumexp(-1)[rows] - logits[rows, wanted], owners
+    return (logits.logsumexp(-1)[rows] - logits[rows, wanted]).float(), owners
 
 
 Rows = tuple[list[list[int]], list[list[int]], list[int]]  #: inputs, labels under their logits, which text's they are
