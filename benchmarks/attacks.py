@@ -82,8 +82,9 @@ def matched(asked: argparse.Namespace) -> None:
                 known = grant(victim, batch, labels=True, lengths=True)
                 config = Config(**fields)
                 begun = time.process_time()  # both sides load their language model
-                load = lambda: plain_prior(load_model("generic", weights=asked.prior, task="causal-lm"))  # noqa: E731
-                surprise = load() if asked.prior else None
+                surprise = None
+                if asked.prior:
+                    surprise = plain_prior(load_model("generic", weights=asked.prior, task="causal-lm"))
                 tokens, distance = lamp(config, seen, known, victim, surprise)
                 line |= result("plain", begun, batch, wrapped(victim, [tokens]), distance)
                 begun = time.process_time()

@@ -113,12 +113,12 @@ class SentenceSearch:
             best, verdict = self._widened((self.search.scores[end], end), seen)
         while verdict >= 1 and (best is None or self.energy.tally.sentences + self._round(rounds) <= config.budget):
             relaxed = self._relaxed(schedule, None if seen is None or rounds % FRESH == 0 else seen, best)
-            near = self._nearest(relaxed)
+            near = self._ranked(relaxed)[0]
             for _ in range(min(AGAIN, self.free // EACH)):
                 if near[0] < LOOSE * self.length or self.energy.tally.sentences + self._round(1) > config.budget:
                     break
                 relaxed = self._relaxed(schedule, relaxed.best(4 * config.restarts), near)
-                near = min(near, self._nearest(relaxed))
+                near = min(near, self._ranked(relaxed)[0])
             tokens = relaxed.best(4 * config.restarts)
             seen = tokens if seen is None else torch.cat([seen, tokens], 1)
             for start in self._starts(relaxed, near, best):
@@ -141,10 +141,10 @@ class SentenceSearch:
         own, trust = self._trust(hint[1]) if hint else (None, None)
         return relax(self.coarse, self.frame, self.free, words, schedule, self.generator, self._done, own, trust, given)
 
-    def _nearest(self, pool: Pool) -> Best:
-        """The best of the restarts' likeliest sentences."""
-        rows = [tuple(row) for row in pool.sentences(self.frame).tolist()]
-        return min(zip(self.search.score(rows), rows, strict=True))
+    def _ranked(self, pool: Pool) -> list[Best]:
+        """The restarts' likeliest sentences, best first."""
+        rows = list(dict.fromkeys(tuple(row) for row in pool.sentences(self.frame).tolist()))
+        return sorted(zip(self.search.score(rows), rows, strict=True))
 
     def _round(self, rounds: int) -> int:
         """Evaluations that the relaxation of a round takes at most, a backward pass counted as two."""
@@ -202,9 +202,8 @@ class SentenceSearch:
         return self.energy.verdict(torch.tensor(tokens, device=self.words.device))
 
     def _starts(self, pool: Pool, near: Best, best: Best | None) -> list[tuple[int, ...]]:
-        """The two best of the restarts' likeliest sentences, and the best so far."""
-        rows = list(dict.fromkeys([near[1], *(tuple(row) for row in pool.sentences(self.frame).tolist())]))
-        ranked = [row for _, row in sorted(zip(self.search.score(rows), rows, strict=True))]
+        """The two best of the restarts' likeliest sentences and of `near`, and the best so far."""
+        ranked = [row for _, row in sorted({near, *self._ranked(pool)})]
         return ranked[:2] + ([best[1]] if best else [])
 
     def _trust(self, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
