@@ -238,6 +238,8 @@ class Search:
         places = [i for i in self._worst(sentence) if i in self.places][:ASSIGNED]
         words = [sentence[i] for i in places]
         tried = torch.tensor([put(sentence, i, word) for i in places for word in words])
+        if self.energy.tally.sentences + len(tried) > self.energy.tally.limit:
+            return []
         with torch.no_grad():
             residuals = self.energy(self.energy.table[tried.to(slope.device)], self.ridge)[1]
         own = torch.tensor(places, device=slope.device).repeat_interleave(len(words))

@@ -24,7 +24,6 @@ FRESH = 2  #: every so many rounds start over the whole vocabulary, those betwee
 #: their places: MiniLM, value of layer 4, 28 words, 24 of them are among the ends of the first, 6 at their places; 22
 #: after three more. Eight to ten words a descent finds sooner: 1,970 candidates after one, 4,510 after four.
 EACH, AGAIN, LOOSE = 6, 4, 0.1
-HEADS_RIDGE = 10.0  #: of heads' values, which repeat each other more than inputs do, over that of inputs
 RIDGE = 1e-4  #: of the discrete energy: above float32's rounding of X X^T, below what separates sentences
 DOUBTED = 0.5  #: probability among its neighbours below which an answer says so in words
 
@@ -49,7 +48,6 @@ class Landscape:
     coarse: Scorer
     fine: Scorer
     judge: Judge
-    ridge: float = 1.0  #: factor on the relaxation's
     grain: float = RIDGE  #: of `fine`
     noised: bool = False  #: whether the judge cannot tell a sentence from its neighbours, so that these are scored
     resized: bool = False  #: whether neighbours may be longer or shorter
@@ -57,10 +55,8 @@ class Landscape:
 
 def landscape(energy: Energy, heads: list[Heads]) -> Landscape:
     """For exact gradients: `energy`, and what attention outputs show head by head."""
-    if not heads:
-        return Landscape(energy, energy, energy)
-    values, both = HeadEnergy(energy, heads, contexts=False), HeadEnergy(energy, heads, contexts=True)
-    return Landscape(values, both, energy, HEADS_RIDGE)
+    both = HeadEnergy(energy, heads) if heads else energy
+    return Landscape(both, both, energy)
 
 
 class SentenceSearch:
@@ -77,7 +73,7 @@ class SentenceSearch:
         progress: Callable[[str], None],
     ):
         self.config, self.energy, self.victim, self.frame = config, landscape.judge, victim, frame
-        self.coarse, self.ridge = landscape.coarse, landscape.ridge
+        self.coarse = landscape.coarse
         self.generator, self.progress = generator, progress
         self.length, self.free = length, length - frame.size
         self.words = vocabulary(victim).to(self.energy.table.device)
@@ -99,8 +95,7 @@ class SentenceSearch:
             pool: [free, m] tokens that may stand at its free places instead.
         """
         config = self.config
-        ridge = config.ridge * self.ridge
-        schedule = Schedule(config.steps, config.restarts, config.rate, ridge, 0.1 * ridge)
+        schedule = Schedule(config.steps, config.restarts, config.rate, config.ridge, 0.1 * config.ridge)
         best: Best | None = None
         seen: Tensor | None = None
         rounds, verdict = 0, float("inf")
