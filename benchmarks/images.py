@@ -121,7 +121,7 @@ def cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def quality(name: str, index: int, args: argparse.Namespace) -> dict[str, Any]:
     victim = model(name, args.resnet)
     batch = batches(victim, args.data, args.batches_of_one, 1, seed=11)[index]
-    fields = {"steps": STEPS[name], "tv": 1e-6 if name in ("mlp", "lenet") else 1e-2}
+    fields = {"steps": STEPS[name], "tv": 1e-6 if name in ("mlp", "lenet") else 1e-2, "restarts": args.restarts}
     return measured(victim, batch, "inverting_gradients", fields)
 
 
@@ -151,9 +151,9 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Any]]:
         for name in COUNTED:
             yield {"part": "cost", "model": name}, lambda name=name: cost(name, args)
     if args.part in ("all", "quality"):
-        for name in ("mlp", "resnet20", "lenet", "convnet"):
+        for name in args.models:
             for i in range(args.batches_of_one):
-                key = {"part": "quality", "model": name, "steps": STEPS[name], "image": i}
+                key = {"part": "quality", "model": name, "steps": STEPS[name], "image": i, "restarts": args.restarts}
                 yield key, lambda name=name, i=i: quality(name, i, args)
     if args.part in ("all", "ablation"):
         for i in range(args.batches):
@@ -169,13 +169,16 @@ def main() -> None:
     parser.add_argument("--part", choices=("all", "cost", "quality", "ablation"), default="all")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--batches-of-one", type=int, default=10)
+    parser.add_argument("--restarts", type=int, default=1, help="of the attack, where its quality is measured")
+    parser.add_argument("--models", nargs="+", choices=tuple(STEPS), default=list(STEPS), help="the same")
     parser.add_argument("--size", type=int, default=4, help="pictures a batch of the ablation")
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--save", default=Path(__file__).parent / "results" / "images.jsonl", type=Path)
     args = parser.parse_args()
-    lines = [json.loads(line) for line in args.save.read_text().splitlines()] if args.save.exists() else []
+    rows = args.save.read_text().splitlines() if args.save.exists() else []
+    lines = [{"restarts": 1} | json.loads(row) for row in rows]
     torch.set_num_threads(1)
     for key, do in plan(args):
         if any(key.items() <= line.items() for line in lines):

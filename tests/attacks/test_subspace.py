@@ -84,7 +84,7 @@ def test_a_relaxation_begins_again_over_the_words_it_ended_at(minilm, monkeypatc
     assert len(calls) > 2
     for (_, before), (words, _) in pairwise(calls):
         assert set(words.tolist()) == set(before.best(16).unique().tolist())
-    assert result.details["evaluations"] <= 600 + 1
+    assert result.details["evaluations"] <= 600 + 3 + 1  # a last slope, and the sentence that it moves
 
 
 def test_a_space_of_no_sentence_is_never_a_confident_answer(minilm):
