@@ -94,7 +94,7 @@ class HeadEnergy:
 
     A relaxation needs both: MiniLM, 25 tokens, attention output of layer 3, three of its 23 words are among the ends
     with the heads alone (25 tokens all but fill their 32 dimensions), 9 without them, 14 with both; 19 tokens at layer
-    4 are found in 5,500 candidates for 24,000, and sentences of 8 to 16 tokens in as many or fewer.
+    4 are found in 5,500 candidates for 24,000, and sentences of 8 to 16 tokens together in fewer.
     """
 
     def __init__(self, energy: Energy, found: list[Heads]):

@@ -151,7 +151,7 @@ def relax(
     """Descends from random distributions over `words` [v].
 
     Args:
-        done: told every tenth step of the second half which sentences [k, n] the restarts stand at; true ends it.
+        done: told every fifth step of the second half which sentences [k, n] the restarts stand at; true ends it.
         hint: [free] tokens that half of the restarts begin with, where drawn below
         trust: [free] probabilities of keeping each.
         prior: [free, v] log-probabilities to begin with, where something is known; -inf keeps a word out.
