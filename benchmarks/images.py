@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--batches-of-one", type=int, default=10)
     parser.add_argument("--restarts", type=int, default=1, help="of the attack, where its quality is measured")
-    parser.add_argument("--models", nargs="+", choices=tuple(STEPS), default=list(STEPS), help="the same")
+    parser.add_argument("--models", nargs="+", choices=tuple(STEPS), default=list(STEPS), help="whose quality")
     parser.add_argument("--size", type=int, default=4, help="pictures a batch of the ablation")
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--steps", type=int, default=150)

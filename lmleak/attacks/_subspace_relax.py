@@ -42,11 +42,17 @@ class Distributions:
     words pass in blocks.
     """
 
-    def __init__(self, table: Tensor, words: Tensor, prior: Tensor | None):
+    def __init__(
+        self,
+        table: Tensor,
+        words: Tensor,
+        prior: Tensor | None = None,
+        hint: Tensor | None = None,
+        bonus: Tensor | None = None,
+    ):
         self.table, self.words = table, words
         self.prior = None if prior is None else prior.clamp_min(-1e4)  #: [free or 1, v], finite
-        self.hint: Tensor | None = None  #: [free] words that have a bonus
-        self.bonus: Tensor | None = None  #: [k, free]
+        self.hint, self.bonus = hint, bonus  #: [free] words that gain [k, free]
         parts = words.split(BLOCK)
         self.centre = torch.stack([table[part].sum(0) for part in parts]).sum(0) / len(words)
         power = table.new_zeros(table.shape[1], table.shape[1])
@@ -85,9 +91,8 @@ class Distributions:
     def pruned(self, pull: Tensor, count: int) -> Distributions:
         """Without the words that are nowhere among the `count` likeliest."""
         keep = self._likeliest(pull, count).unique()
-        out = Distributions(self.table, self.words[keep], None if self.prior is None else self.prior[:, keep])
-        out.hint, out.bonus = self.hint, self.bonus
-        return out
+        prior = None if self.prior is None else self.prior[:, keep]
+        return Distributions(self.table, self.words[keep], prior, self.hint, self.bonus)
 
     def _likeliest(self, pull: Tensor, count: int) -> Tensor:
         count = min(count, len(self.words))
@@ -124,7 +129,7 @@ class Pool:
         return framed(self.tokens[..., 0], frame)
 
     def best(self, count: int) -> Tensor:
-        """Likeliest tokens by position over all restarts, [free, count], with repeats."""
+        """Likeliest tokens by position over all restarts, [free, count], with repeats; at most `HELD` a restart."""
         each = max(1, count // len(self.tokens))
         return self.tokens[..., :each].transpose(0, 1).flatten(1)
 
@@ -159,13 +164,14 @@ def relax(
     table, k = energy.table, schedule.restarts
     fixed = table[framed(words.new_zeros(k, free), frame)]
     start, stop = len(frame.first), len(frame.first) + free
-    held = Distributions(table, words, prior)
-    pull = START * held.drawn(torch.randn(k, free, table.shape[1], generator=generator).to(table))
+    noise, bonus = torch.randn(k, free, table.shape[1], generator=generator).to(table), None
     if hint is not None and trust is not None:
         kept = torch.rand(k, free, generator=generator).to(table) < trust
         kept[: k // 2] = False
         # As likely as all other words together, twice over.
-        held.hint, held.bonus = hint, kept * (math.log(len(words)) + 1.5)
+        bonus = kept * (math.log(len(words)) + 1.5)
+    held = Distributions(table, words, prior, hint, bonus)
+    pull = START * held.drawn(noise)
     # Easy modules (queries) are slowed by a ridge, hard ones (attention outputs, deep) never found without.
     ridges = schedule.floor * (schedule.ridge / schedule.floor) ** torch.linspace(1, 0, k).to(table)
     for step in range(schedule.steps):
@@ -176,6 +182,6 @@ def relax(
         ridge = (ridges * (1 - 1.2 * step / schedule.steps)).clamp_min(schedule.floor)
         steep = slope(energy, embeds, ridge)[:, start:stop]
         pull = pull + schedule.rate * steep / held.spread(steep)
-        if step % 5 == 4 and 2 * step > schedule.steps and done(framed(held.likeliest(pull, 1)[..., 0], frame)):
+        if step % 5 == 4 and 2 * step > schedule.steps and done(Pool(held.likeliest(pull, 1)).sentences(frame)):
             break
     return Pool(held.likeliest(pull, HELD))

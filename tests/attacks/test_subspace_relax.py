@@ -40,8 +40,7 @@ def test_blocks_of_words_are_all_words_at_once(seed, count, block, restarts, inf
     patched = pytest.MonkeyPatch()
     with patched.context() as context:
         context.setattr(_subspace_relax, "BLOCK", block)
-        held = Distributions(table, words, prior)
-        held.hint, held.bonus = hint, bonus
+        held = Distributions(table, words, prior, hint, bonus)
         mean, best, spread = held.mean(pull), held.likeliest(pull, 4), held.spread(pull)
         fewer = held.pruned(pull, 2)
         some = fewer.likeliest(pull, 2)
