@@ -9,18 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lmleak.attacks._blanks import OPEN, STEPS, Blanks
 from lmleak.attacks._energy import Scorer, of_tokens, slope
 
-WIDE = 512  #: words tried at one place where nothing else helps: the true one was found 179th by its estimate
-COMMON = 128  #: commonest words tried at the `PLACES` places with the largest residuals where nothing else helps
-PLACES, WORST = 4, 2  #: the first for the commonest words, the second for `WIDE` others
-USUAL = 8  #: commonest words tried in the new place of every word that moves
-#: Words tried in the new place of a word that moved, by the rank of the move: the true one of MiniLM's layer 4 was the
-#: 5th least harmful with the true word 53rd by its estimate, the 8th (232nd) and the 18th (first).
-SHIFTS = (WIDE,) * 8 + (32,) * 16
-SHORT = 3  #: words of a run from which on an exchange of runs comes after the commonest words
+SURPLUS = 4  #: words left out: the right one was the first or second by the energy without it, 15 times of 15
+BLANKS, MORE = 16, 128  #: best places of a blank whose words are asked for, at first and where nothing else helps
+ASKED = 4  #: words tried there
 ASSIGNED = 8  #: places with the largest residuals whose words are dealt out anew, all at once
-ALL = 20  #: free places up to which every move is looked at; beyond it, those to the largest residuals
 
 
 def put(sentence: tuple[int, ...], place: int, word: int) -> tuple[int, ...]:
@@ -47,6 +42,7 @@ class Search:
         self.energy, self.words, self.ridge, self.shortlist = energy, words, ridge, shortlist
         self.places = range(first, last)  #: free positions
         self.rows = energy.table[words]
+        self.blanks = Blanks(energy, words, ridge)
         self.scores: dict[tuple[int, ...], float] = {}
         self.local: set[tuple[int, ...]] = set()  #: sentences that no shortlisted change improves
         self.wide: set[tuple[int, ...]] = set()  #: sentences that `widen` has seen
@@ -81,38 +77,38 @@ class Search:
         return sentence
 
     def widen(self, sentence: tuple[int, ...]) -> tuple[int, ...]:
-        """The first better sentence among changes too many for every step, or the same one.
-
-        The commonest words where the residuals are large: a first-order estimate is worth nothing for them (MiniLM,
-        attention output of layer 4, "." for "apparently" and all else right: 6,101st). Then these in the new place of
-        a word that has moved: a local minimum often has one word twice, all behind it one place late, and the last word
-        missing, so that neither deletion nor insertion helps alone. Then `WIDE` other words, in the same two ways.
-        """
+        """The first better sentence among changes too many for every step, or the same one."""
         self.wide.add(sentence)
-        best = self._exchanged(sentence, range(1, SHORT))
-        if best != sentence:
-            return best
-        worst = self._worst(sentence)
-        places = [i for i in worst if i in self.places][:PLACES]
-        best = self._best(sentence, [put(sentence, i, w) for i in places for w in self.words[:COMMON].tolist()])
-        if best != sentence:
-            return best
-        best = self._exchanged(sentence, range(SHORT, len(self.places) // 2 + 1))
-        if best != sentence:
-            return best
-        targets = list(self.places)
-        if len(targets) > ALL:
-            # A residual of the last special token speaks of the place before it.
-            targets = sorted({min(max(i, self.places.start), self.places.stop - 1) for i in worst[: ALL // 2]})
-        moved = self._moved(sentence, targets)
-        if moved and self.scores[moved[0][1]] < self.scores[sentence]:
-            return moved[0][1]
-        best = self._anywhere(sentence, places[:WORST])
-        for (place, shifted), width in zip(moved, SHIFTS, strict=False):
-            if self.scores[best] < self.scores[sentence]:
-                return best
-            best = self._anywhere(shifted, [place], width)
-        return min(sentence, best, key=self.scores.__getitem__)
+        best = self._best(sentence, self._filled(sentence))
+        if best == sentence:
+            best = self._exchanged(sentence, range(1, len(self.places) // 2 + 1))
+        if best == sentence:
+            best = self._best(sentence, self._filled(sentence, len(self.places), MORE))
+        return best
+
+    def _filled(self, sentence: tuple[int, ...], surplus: int = SURPLUS, blanks: int = BLANKS) -> list[tuple[int, ...]]:
+        """One of the `surplus` most harmful words left out, and another filled in, in its place or elsewhere.
+
+        A local minimum often has one word twice, all behind it one place late, and another word missing, so that
+        neither deletion nor insertion helps alone.
+        """
+        room = (surplus + 1) * len(self.places) + 3 * STEPS * blanks
+        if self.energy.tally.sentences + room > self.energy.tally.limit:
+            return []
+        harm = self._blanked([put(sentence, i, OPEN) for i in self.places])
+        rows: dict[tuple[int, ...], None] = {}
+        for row in harm[:surplus].tolist():
+            rest = [word for word in row if word != OPEN]
+            rows |= dict.fromkeys((*rest[:j], OPEN, *rest[j:]) for j in self.places)
+        best = self._blanked(list(rows))[:blanks]
+        told = self.blanks.words_of(best, ASKED)
+        filled = torch.where(best[:, None] == OPEN, told[..., None], best[:, None]).flatten(0, 1).tolist()
+        return [row for row in map(tuple, filled) if row != sentence]
+
+    def _blanked(self, rows: list[tuple[int, ...]]) -> Tensor:
+        """Sentences with an open place [k, n], least energy first."""
+        found = torch.tensor(rows, device=self.words.device)
+        return found[self.blanks.values(found).argsort()]
 
     def _exchanged(self, sentence: tuple[int, ...], sizes: range) -> tuple[int, ...]:
         """The best exchange of two neighbouring runs of words, of the least shorter run that helps; all are tried.
@@ -133,28 +129,6 @@ class Search:
             if best != sentence:
                 break
         return best
-
-    def _moved(self, sentence: tuple[int, ...], targets: list[int]) -> list[tuple[int, tuple[int, ...]]]:
-        """New place of a word that moved and the sentence with it or a common word there, least harmful moves first."""
-        moves: dict[tuple[int, ...], tuple[int, tuple[int, ...]]] = {}
-        for i in self.places:
-            for j in targets:
-                rest = (*sentence[:i], *sentence[i + 1 :])
-                for word in (sentence[i], *self.words[:USUAL].tolist()):
-                    moves.setdefault((*rest[:j], word, *rest[j:]), (j, rest))
-        moves.pop(sentence, None)
-        ranked: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}  # the best word of every move
-        for _, changed in sorted(zip(self.score(list(moves)), moves, strict=True)):
-            ranked.setdefault(moves[changed], changed)
-        return [(place, changed) for (place, _), changed in ranked.items()]
-
-    def _anywhere(self, sentence: tuple[int, ...], places: list[int], width: int = WIDE) -> tuple[int, ...]:
-        """The best of so many words in one of the places: the commonest third, the others by first-order estimate."""
-        price = self._slope(sentence)[places] @ self.rows.T
-        price[:, : width // 3] = -torch.inf
-        near = self.words[price.topk(min(width, len(self.words)), -1, largest=False).indices].tolist()
-        others = [put(sentence, i, word) for i, row in zip(places, near, strict=True) for word in row]
-        return min(zip(self.score(others), others, strict=True))[1]
 
     def _best(self, current: tuple[int, ...], changed: list[tuple[int, ...]]) -> tuple[int, ...]:
         """The best of the changes, or of the helpful ones made together.

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmleak.attacks._discrete import COMMON, PLACES, SHIFTS, USUAL, WIDE, WORST, Search
+from lmleak.attacks._discrete import ASKED, BLANKS, MORE, SURPLUS, Search, put
 from lmleak.attacks._energy import Tally, of_tokens, slope
 
 WORDS = 700
@@ -60,10 +60,10 @@ def test_a_word_beyond_the_shortlist_is_found_where_the_residual_is_largest(sear
     assert wrong in search.wide
 
 
-@given(place=st.sampled_from([1, 4, 7]), word=st.integers(2, WORDS - 1))
+@given(place=st.sampled_from([1, 4, 7]), word=st.integers(2, WORDS - 1), own=st.integers(2, WORDS - 1))
 @settings(max_examples=20, deadline=None)
-def test_a_common_word_is_found_whatever_the_slope_says(place, word):
-    truth = (*TRUTH[:place], 2 + COMMON - 1, *TRUTH[place + 1 :])
+def test_a_word_is_found_whatever_the_slope_at_the_wrong_one_says(place, word, own):
+    truth = (*TRUTH[:place], own, *TRUTH[place + 1 :])
     search = Search(Landscape(truth), torch.arange(2, WORDS), 1, len(TRUTH) - 1, 0.0, 8)
     wrong = (*truth[:place], word, *truth[place + 1 :])
     search.score([wrong])
@@ -71,17 +71,27 @@ def test_a_common_word_is_found_whatever_the_slope_says(place, word):
     assert search.widen(wrong) == truth
 
 
-def test_a_moved_word_is_followed_by_a_common_one_in_its_new_place(search):
-    search.score([TRUTH])
-    ranked = search._moved(TRUTH, list(search.places))
+@given(i=st.integers(1, 7), j=st.integers(1, 7))
+@settings(max_examples=30, deadline=None)
+def test_a_missing_word_is_filled_in_for_the_most_harmful_one(i, j):
+    rest = (*TRUTH[:j], *TRUTH[j + 1 :])  # the word of place j is missing, one is doubled elsewhere
+    wrong = (*rest[:i], rest[i - 1] if i > 1 else 5, *rest[i:])
+    search = Search(Landscape(TRUTH), torch.arange(2, WORDS), 1, len(TRUTH) - 1, 0.0, 8)
+    search.score([wrong])
+    before = search.energy.tally.sentences
     free = len(TRUTH) - 2
-    assert len(ranked) == free**2
-    for place, changed in ranked:
-        rest = [word for i, word in enumerate(changed) if i != place]
-        assert any(rest == [*TRUTH[:i], *TRUTH[i + 1 :]] for i in search.places)  # all others in their order
-        slow = [(*rest[:place], word, *rest[place:]) for word in range(2, 2 + USUAL)]
-        assert search.scores[changed] <= min(search.score(slow))
-    assert [search.scores[s] for _, s in ranked] == sorted(search.scores[s] for _, s in ranked)
+    filled = search._filled(wrong, free)
+    assert TRUTH in filled or wrong == TRUTH
+    assert wrong not in filled
+    assert len(filled) <= ASKED * BLANKS
+    spent = search.energy.tally.sentences - before
+    assert spent <= free + free**2 + 12 * BLANKS
+    near = search._filled(wrong, 1, 3)
+    harm = min((search.blanks.values(torch.tensor([put(wrong, k, -1)])).item(), k) for k in search.places)[1]
+    left = [word for k, word in enumerate(wrong) if k != harm]
+    assert near
+    for one in near:
+        assert any([w for k, w in enumerate(one) if k != place] == left for place in search.places)
 
 
 @given(order=st.permutations(range(1, len(TRUTH) - 1)))
@@ -139,8 +149,9 @@ def test_widening_the_minimum_changes_nothing_and_few_are_scored(search):
     search.score([TRUTH])
     assert search.widen(TRUTH) == TRUTH
     free = len(TRUTH) - 2
-    words = PLACES * COMMON + WORST * WIDE + sum(SHIFTS) + free**2 * (1 + USUAL)
-    assert search.energy.tally.sentences < words + 20 + 3 * (1 + len(SHIFTS))
+    turns = free**3
+    blanks = (SURPLUS + 1) * free + free + free**2
+    assert search.energy.tally.sentences < turns + blanks + (12 + ASKED) * (BLANKS + MORE)
 
 
 def test_scores_are_the_energies(search):
