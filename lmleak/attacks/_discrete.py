@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lmleak.attacks._blanks import OPEN, STEPS, Blanks
+from lmleak.attacks._blanks import PRICE, OfEnergy, filled
 from lmleak.attacks._energy import Scorer, of_tokens, slope
 
-SURPLUS = 4  #: words left out: the right one was the first or second by the energy without it, 15 times of 15
+SURPLUS = 4  #: words left out in turn
 BLANKS, MORE = 16, 128  #: best places of a blank whose words are asked for, at first and where nothing else helps
 ASKED = 4  #: words tried there
 ASSIGNED = 8  #: places with the largest residuals whose words are dealt out anew, all at once
@@ -42,7 +42,7 @@ class Search:
         self.energy, self.words, self.ridge, self.shortlist = energy, words, ridge, shortlist
         self.places = range(first, last)  #: free positions
         self.rows = energy.table[words]
-        self.blanks = Blanks(energy, words, ridge)
+        self.blanks = OfEnergy(energy, words, ridge)
         self.scores: dict[tuple[int, ...], float] = {}
         self.local: set[tuple[int, ...]] = set()  #: sentences that no shortlisted change improves
         self.wide: set[tuple[int, ...]] = set()  #: sentences that `widen` has seen
@@ -87,28 +87,11 @@ class Search:
         return best
 
     def _filled(self, sentence: tuple[int, ...], surplus: int = SURPLUS, blanks: int = BLANKS) -> list[tuple[int, ...]]:
-        """One of the `surplus` most harmful words left out, and another filled in, in its place or elsewhere.
-
-        A local minimum often has one word twice, all behind it one place late, and another word missing, so that
-        neither deletion nor insertion helps alone.
-        """
-        room = (surplus + 1) * len(self.places) + 3 * STEPS * blanks
+        """A word left out and another filled in, where the budget has room for it."""
+        room = (surplus + 1) * len(self.places) + PRICE * blanks
         if self.energy.tally.sentences + room > self.energy.tally.limit:
             return []
-        harm = self._blanked([put(sentence, i, OPEN) for i in self.places])
-        rows: dict[tuple[int, ...], None] = {}
-        for row in harm[:surplus].tolist():
-            rest = [word for word in row if word != OPEN]
-            rows |= dict.fromkeys((*rest[:j], OPEN, *rest[j:]) for j in self.places)
-        best = self._blanked(list(rows))[:blanks]
-        told = self.blanks.words_of(best, ASKED)
-        filled = torch.where(best[:, None] == OPEN, told[..., None], best[:, None]).flatten(0, 1).tolist()
-        return [row for row in map(tuple, filled) if row != sentence]
-
-    def _blanked(self, rows: list[tuple[int, ...]]) -> Tensor:
-        """Sentences with an open place [k, n], least energy first."""
-        found = torch.tensor(rows, device=self.words.device)
-        return found[self.blanks.values(found).argsort()]
+        return filled(self.blanks, sentence, self.places, surplus, blanks, ASKED)
 
     def _exchanged(self, sentence: tuple[int, ...], sizes: range) -> tuple[int, ...]:
         """The best exchange of two neighbouring runs of words, of the least shorter run that helps; all are tried.

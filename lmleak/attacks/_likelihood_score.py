@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from lmleak.attacks._blanks import OPEN, filled_in
 from lmleak.defenses import Gaussian
 from lmleak.gradients.factors import Factor, capture, inner, squared_norms
 from lmleak.gradients.losses import model_losses
@@ -188,6 +189,22 @@ class Scorer:
         gain = gain - gain.gather(1, own[:, None])
         return Slope(float(self.nats(value.detach().double())), self.nats(gain))
 
+    def blank(self, candidates: Sequence[Candidate], filling: Tensor, slopes: bool = False) -> Tensor:
+        """Nats of candidates of one length with embeddings [k, d] in their open places [k]; or their slopes [k, d]."""
+        out = []
+        size = max(1, TOKENS[self.table.is_cuda] // len(candidates[0].tokens) // (2 if slopes else 1))
+        for at in range(0, len(candidates), size):
+            part, some = candidates[at : at + size], filling[at : at + size]
+            factors, leaf = self._factors(part, create_graph=slopes, filling=some)
+            products, squares, _ = self._measured(factors, len(part[0].tokens))
+            value = self.nats(products - 0.5 * squares)
+            if slopes:
+                self.evaluations += 2 * self.price * len(part)
+                (along,) = torch.autograd.grad(value.sum(), leaf)
+                value = along[torch.tensor([one.tokens for one in part], device=along.device) == OPEN]
+            out.append(value.detach())
+        return torch.cat(out)
+
     def total(self, candidate: Candidate) -> dict[str, Tensor]:
         """w g of one candidate, dense: entry name -> tensor of the entry's shape."""
         factors, _ = self._factors([candidate])
@@ -199,11 +216,21 @@ class Scorer:
             }
 
     def _factors(
-        self, candidates: Sequence[Candidate], create_graph: bool = False, table: bool = True
+        self,
+        candidates: Sequence[Candidate],
+        create_graph: bool = False,
+        table: bool = True,
+        filling: Tensor | None = None,
     ) -> tuple[dict, Tensor]:
-        """Factors, and the token table's output; without it, the backward pass ends where the entries do."""
+        """Factors, and the token table's output; without it, the backward pass ends where the entries do.
+
+        Args:
+            filling: [k, d] embeddings in the candidates' open places.
+        """
         device = self.table.device
         ids = torch.tensor([one.tokens for one in candidates], device=device)
+        blank = ids == OPEN
+        ids = ids.clamp_min(0)
         self.evaluations += self.price * len(ids)
         places = torch.arange(ids.shape[1], device=device) + self.offset
         inputs = {
@@ -211,15 +238,18 @@ class Scorer:
             "attention_mask": torch.ones_like(ids),
             "position_ids": places.expand(len(ids), -1),
         }
-        labels = ids
+        labels = ids.masked_fill(blank, -100)
         if self.victim.task == "sequence-classification":
             labels = torch.tensor([one.label for one in candidates], device=device)
-        with capture(self.victim.module, self.captured if table else self.entries) as tape:
+        owner = self.victim.module.get_input_embeddings()
+        with (
+            filled_in(owner, blank, filling),
+            capture(self.victim.module, self.captured if table else self.entries) as tape,
+        ):
             losses = model_losses(self.victim.module, inputs, labels, self.victim.task, "sum")
         if not table:
             return tape.factors(losses), ids
         calls = tape.calls[self.captured[-1].parameter]
-        owner = self.victim.module.get_input_embeddings()
         leaf = next(call.output for call in calls if call.owner is owner)
         factors = tape.factors(losses, create_graph=create_graph)
         uses = tuple(use for use in factors[TABLE] if use.one_hot)

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from lmleak.attacks._likelihood_blanks import Blanks
 from lmleak.attacks._likelihood_moves import Moves, Space
 from lmleak.attacks._likelihood_score import Candidate, Scorer
 from lmleak.attacks._likelihood_words import Evidence
@@ -44,6 +45,8 @@ class Search:
         self.evidence = evidence
         self.asked: float | None = None  #: score of the last sentence around which the release was asked
         self.moves = Moves(space, scorer.table, shortlist, round(1 / scorer.price))
+        self.blanks = Blanks(scorer, space)
+        self.opened: set[Candidate] = set()  #: sentences whose words were left out in turn
         self.likely: tuple[int, ...] = ()  #: lengths that fresh sentences have
         self.known: dict[Candidate, float] = {}
         self.others: list[Candidate] = []  #: sentences whose words are tried too
@@ -154,6 +157,9 @@ class Search:
             better, asked = at, False
             for turn, changes in enumerate(self.moves.of(at, slope, self._pool(), self.known, quick)):
                 better = self._better(at, changes)
+                if better == at and not quick and turn == ORDERED and at not in self.opened:
+                    self.opened.add(at)
+                    better = self._better(at, self.blanks.of(at, self.space, self.moves.free(at.tokens)))
                 # Before many words are tried at every place, the release is asked about these around the others.
                 asked = better == at and not quick and turn == ORDERED and self._ask(at, limit)
                 if better != at or asked or self.scorer.evaluations >= limit:

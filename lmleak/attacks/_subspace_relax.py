@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +94,12 @@ class Distributions:
         keep = self._likeliest(pull, count).unique()
         prior = None if self.prior is None else self.prior[:, keep]
         return Distributions(self.table, self.words[keep], prior, self.hint, self.bonus)
+
+    def told(self, prior: Tensor) -> Distributions:
+        """The same words with another prior [free, v]."""
+        out = copy(self)
+        out.prior = prior.clamp_min(-1e4)
+        return out
 
     def _likeliest(self, pull: Tensor, count: int) -> Tensor:
         count = min(count, len(self.words))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmleak.attacks._discrete import ASKED, BLANKS, MORE, SURPLUS, Search, put
+from lmleak.attacks._discrete import ASKED, BLANKS, MORE, SURPLUS, Search
 from lmleak.attacks._energy import Tally, of_tokens, slope
 
 WORDS = 700
@@ -69,29 +69,6 @@ def test_a_word_is_found_whatever_the_slope_at_the_wrong_one_says(place, word, o
     search.score([wrong])
     search._slope = lambda sentence: torch.zeros(len(truth), 32)
     assert search.widen(wrong) == truth
-
-
-@given(i=st.integers(1, 7), j=st.integers(1, 7))
-@settings(max_examples=30, deadline=None)
-def test_a_missing_word_is_filled_in_for_the_most_harmful_one(i, j):
-    rest = (*TRUTH[:j], *TRUTH[j + 1 :])  # the word of place j is missing, one is doubled elsewhere
-    wrong = (*rest[:i], rest[i - 1] if i > 1 else 5, *rest[i:])
-    search = Search(Landscape(TRUTH), torch.arange(2, WORDS), 1, len(TRUTH) - 1, 0.0, 8)
-    search.score([wrong])
-    before = search.energy.tally.sentences
-    free = len(TRUTH) - 2
-    filled = search._filled(wrong, free)
-    assert TRUTH in filled or wrong == TRUTH
-    assert wrong not in filled
-    assert len(filled) <= ASKED * BLANKS
-    spent = search.energy.tally.sentences - before
-    assert spent <= free + free**2 + 12 * BLANKS
-    near = search._filled(wrong, 1, 3)
-    harm = min((search.blanks.values(torch.tensor([put(wrong, k, -1)])).item(), k) for k in search.places)[1]
-    left = [word for k, word in enumerate(wrong) if k != harm]
-    assert near
-    for one in near:
-        assert any([w for k, w in enumerate(one) if k != place] == left for place in search.places)
 
 
 @given(order=st.permutations(range(1, len(TRUTH) - 1)))

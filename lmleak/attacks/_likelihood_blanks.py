@@ -1,0 +1,65 @@
+"""Blanks under the likelihood: words too many and words missing in a local optimum, see `_blanks`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lmleak.attacks._blanks import filled
+from lmleak.attacks._likelihood_moves import Space
+from lmleak.attacks._likelihood_score import Candidate, Scorer
+from lmleak.attacks._subspace_relax import Distributions
+
+SURPLUS, BLANKS, WORDS = 4, 16, 4  #: words left out in turn, the best open places, words tried in each
+
+
+class Blanks:
+    """Of one release."""
+
+    def __init__(self, scorer: Scorer, space: Space):
+        self.scorer, self.among = scorer, space.words
+
+    @cached_property
+    def held(self) -> Distributions:
+        """Every word that the space has."""
+        return Distributions(self.scorer.table, self.among.to(self.scorer.table.device))
+
+    def of(self, at: Candidate, space: Space, free: range) -> list[Candidate]:
+        """Changes of a sentence: a word left out and another filled in."""
+        asked = _Likelihood(self.scorer, self.held, space, at.label)
+        changed = filled(asked, at.tokens, free, min(SURPLUS, len(free)), BLANKS, WORDS)
+        return [replace(at, tokens=row) for row in changed]
+
+
+class _Likelihood:
+    """Nats of a sentence, the sign turned."""
+
+    def __init__(self, scorer: Scorer, held: Distributions, space: Space, label: int):
+        self.scorer, self.held, self.space, self.label = scorer, held, space, label
+
+    def values(self, rows: Tensor, filling: Tensor) -> Tensor:
+        """See `_blanks.Asked`."""
+        return -self.scorer.blank(self._candidates(rows), filling)
+
+    def slopes(self, rows: Tensor, filling: Tensor) -> Tensor:
+        """See `_blanks.Asked`."""
+        return -self.scorer.blank(self._candidates(rows), filling, slopes=True)
+
+    def words(self, places: Tensor) -> Distributions:
+        """Half by how common words are, half by what the release itself says of them at each place.
+
+        Evidence alone is sure of words at places where they do not stand.
+        """
+        kinds = [self.space.common] if self.space.common is not None else []
+        rows = []
+        for place in places.tolist():
+            weights = [w / w.sum() for w in (*kinds, self.space.at(place))]
+            rows.append(torch.stack(weights).mean(0))
+        return self.held.told(torch.stack(rows).log().to(self.held.table))
+
+    def _candidates(self, rows: Tensor) -> Sequence[Candidate]:
+        return [Candidate(tuple(row), self.label) for row in rows.tolist()]
