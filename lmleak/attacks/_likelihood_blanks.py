@@ -30,12 +30,15 @@ class Blanks:
 
     def of(self, at: Candidate, space: Space, free: range) -> list[Candidate]:
         """Changes of a sentence: a word left out and another filled in."""
-        asked = _Likelihood(self.scorer, self.held, space, at.label)
-        changed = filled(asked, at.tokens, free, min(SURPLUS, len(free)), BLANKS, WORDS)
+        changed = filled(self.asked(space, at.label), at.tokens, free, min(SURPLUS, len(free)), BLANKS, WORDS)
         return [replace(at, tokens=row) for row in changed]
 
+    def asked(self, space: Space, label: int) -> Likelihood:
+        """The release, asked for sentences of one label."""
+        return Likelihood(self.scorer, self.held, space, label)
 
-class _Likelihood:
+
+class Likelihood:
     """Nats of a sentence, the sign turned."""
 
     def __init__(self, scorer: Scorer, held: Distributions, space: Space, label: int):
