@@ -1,7 +1,8 @@
 """The discrete half of the subspace attack: descent over replaced, swapped, moved and re-inserted tokens.
 
 The energy's gradient at the current sentence estimates every change at once, over the whole vocabulary (HotFlip,
-Ebrahimi et al. 2018, 1712.06751); only the most promising changes of each kind are evaluated.
+Ebrahimi et al. 2018, 1712.06751); only the most promising changes of each kind are evaluated. Blanks (`_blanks`) and
+exchanged runs of words lead out of a local minimum.
 """
 
 from __future__ import annotations

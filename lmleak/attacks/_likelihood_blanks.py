@@ -30,7 +30,7 @@ class Blanks:
 
     def of(self, at: Candidate, space: Space, free: range) -> list[Candidate]:
         """Changes of a sentence: a word left out and another filled in."""
-        changed = filled(self.asked(space, at.label), at.tokens, free, min(SURPLUS, len(free)), BLANKS, WORDS)
+        changed = filled(self.asked(space, at.label), at.tokens, free, SURPLUS, BLANKS, WORDS)
         return [replace(at, tokens=row) for row in changed]
 
     def asked(self, space: Space, label: int) -> Likelihood:
