@@ -45,7 +45,9 @@ class Search:
         self.evidence = evidence
         self.asked: float | None = None  #: score of the last sentence around which the release was asked
         self.moves = Moves(space, scorer.table, shortlist, round(1 / scorer.price))
-        self.blanks = Blanks(scorer, space)
+        # Not where the token table is observed, whose rows name the words: there, and in the first look before it, four
+        # of eight cells ended with fewer words in place for what blanks cost, one with more.
+        self.blanks = None if scorer.profiled or scorer.rows() is not None else Blanks(scorer, space)
         self.opened: set[Candidate] = set()  #: sentences whose words were left out in turn
         self.likely: tuple[int, ...] = ()  #: lengths that fresh sentences have
         self.known: dict[Candidate, float] = {}
@@ -157,7 +159,7 @@ class Search:
             better, asked = at, False
             for turn, changes in enumerate(self.moves.of(at, slope, self._pool(), self.known, quick)):
                 better = self._better(at, changes)
-                if better == at and not quick and turn == ORDERED and at not in self.opened:
+                if self.blanks and better == at and not quick and turn == ORDERED and at not in self.opened:
                     self.opened.add(at)
                     better = self._better(at, self.blanks.of(at, self.space, self.moves.free(at.tokens)))
                 # Before many words are tried at every place, the release is asked about these around the others.
