@@ -15,7 +15,7 @@ from lmleak.attacks._batch_found import Found, Sentence
 from lmleak.attacks._batch_places import Places
 from lmleak.attacks._batch_words import Words, scan
 from lmleak.attacks._energy import slope
-from lmleak.attacks._text import Frame
+from lmleak.attacks._text import Frame, put
 
 KEPT = 3  #: words a token of the batch that stay in play
 DRAWN = 48  #: sentences of each length at a time
@@ -142,7 +142,7 @@ class BatchSearch:
 
     def _replaced(self, tokens: Sentence, count: int | None = CHOICES) -> Sentence:
         others = [
-            (*tokens[:i], word, *tokens[i + 1 :])
+            put(tokens, i, word)
             for i in self._free(tokens)
             for word in self.words.choices(i - self._first, count)
             if word != tokens[i]
@@ -205,7 +205,7 @@ class BatchSearch:
         embeds = table[torch.tensor(tokens, device=table.device)][None]
         price = slope(self.energy, embeds, found.ridge)[0] @ table[self.vocabulary].T
         near = self.vocabulary[price.topk(min(self.shortlist, len(self.vocabulary)), largest=False).indices].tolist()
-        others = [(*tokens[:i], word, *tokens[i + 1 :]) for i in self._free(tokens) for word in near[i]]
+        others = [put(tokens, i, word) for i in self._free(tokens) for word in near[i]]
         better = found.together(tokens, others)
         for word in set(better) - set(tokens):
             self.words.add(word)

@@ -18,13 +18,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lmleak.attacks._energy import CHUNK, Scorer, slope
+from lmleak.attacks._energy import CHUNK, SLOPE, Scorer, slope
 from lmleak.attacks._subspace_relax import Distributions
+from lmleak.attacks._text import put
+from lmleak.attacks._vocabulary import FIRST
 
 OPEN = -1  #: stands where a word is left out
 STEPS, RATE = 4, 0.8  #: of a blank's distribution, as a relaxation's
-PRICE = 3 * STEPS  #: evaluations that one blank's words take
-ZIPF = 10  #: added to ranks, see `_vocabulary.FIRST`
+PRICE = SLOPE * STEPS  #: evaluations that one blank's words take
 FEW = 32  #: blanks whose slopes are held at once
 
 Sentence = tuple[int, ...]
@@ -54,7 +55,7 @@ def filled(asked: Asked, sentence: Sentence, places: range, surplus: int, blanks
         surplus: words left out.
         blanks: the best open places of all, `count` words tried in each.
     """
-    harm = ranked(asked, ((*sentence[:i], OPEN, *sentence[i + 1 :]) for i in places))
+    harm = ranked(asked, (put(sentence, i, OPEN) for i in places))
     rows = []
     for row in harm[:surplus].tolist():
         rest = [word for word in row if word != OPEN]
@@ -110,7 +111,7 @@ class OfEnergy:
     @cached_property
     def held(self) -> Distributions:
         """Words by how common they are."""
-        prior = -(torch.arange(len(self.among)) + ZIPF).to(self.energy.table).log()
+        prior = -(torch.arange(len(self.among)) + FIRST).to(self.energy.table).log()
         return Distributions(self.energy.table, self.among, prior[None])
 
     @torch.no_grad()

@@ -12,15 +12,12 @@ from torch import Tensor
 
 from lmleak.attacks._blanks import PRICE, OfEnergy, filled
 from lmleak.attacks._energy import Scorer, of_tokens, slope
+from lmleak.attacks._text import put
 
 SURPLUS = 4  #: words left out in turn
 BLANKS, MORE = 16, 128  #: best places of a blank whose words are asked for, at first and where nothing else helps
 ASKED = 4  #: words tried there
 ASSIGNED = 8  #: places with the largest residuals whose words are dealt out anew, all at once
-
-
-def put(sentence: tuple[int, ...], place: int, word: int) -> tuple[int, ...]:
-    return (*sentence[:place], word, *sentence[place + 1 :])
 
 
 class Search:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lmleak.attacks._likelihood_score import Candidate, Slope
-from lmleak.attacks._text import Frame
+from lmleak.attacks._text import Frame, put
 
 WIDTHS = (4, 16, 64)  #: tokens tried at every position, the next only where the one before does not help
 CHUNK = 128  #: candidates scored before the helpful ones among them are taken
@@ -175,7 +175,7 @@ class Moves:
         return range(len(frame.first), len(tokens) - len(frame.last))
 
     def _put(self, at: Candidate, place: int, token: int) -> Candidate:
-        return replace(at, tokens=(*at.tokens[:place], token, *at.tokens[place + 1 :]))
+        return replace(at, tokens=put(at.tokens, place, token))
 
     def _near(self, token: int) -> list[int]:
         """Words of the nearest embeddings: found words are often another form of the true one.

@@ -17,6 +17,7 @@ import torch
 from lmleak.attacks._likelihood_moves import Space
 from lmleak.attacks._likelihood_score import Candidate, Scorer
 from lmleak.attacks._likelihood_search import Search
+from lmleak.attacks._text import put
 
 BLIND = 16  #: sentences drawn without the gradient; the best of them is what has to be beaten
 OTHERS = 3  #: drawn words that each word found is compared with
@@ -91,9 +92,7 @@ def judge(scorer: Scorer, search: Search, space: Space, risk: float, generator: 
         return space.words[places.to(space.words.device)].tolist()
 
     blind = [replace(best, tokens=(*space.frame.first, *drawn(len(free)), *space.frame.last)) for _ in range(BLIND)]
-    exchanged = [
-        Candidate((*best.tokens[:i], word, *best.tokens[i + 1 :]), best.label) for i in free for word in drawn(OTHERS)
-    ]
+    exchanged = [Candidate(put(best.tokens, i, word), best.label) for i in free for word in drawn(OTHERS)]
     products, squares = scorer.measures([best, *blind, *exchanged])
     energy = scorer.energy()
     missed = max(energy - 2 * float(products[0]) + float(squares[0]), 0.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmleak.attacks._discrete import Search
-from lmleak.attacks._energy import Energy, Judge, Scorer
+from lmleak.attacks._energy import SLOPE, Energy, Judge, Scorer
 from lmleak.attacks._energy_heads import HeadEnergy, Heads
 from lmleak.attacks._neighbours import Neighbours, Settled
 from lmleak.attacks._subspace_relax import Pool, Schedule, relax
@@ -143,7 +143,7 @@ class SentenceSearch:
 
     def _round(self, rounds: int) -> int:
         """Evaluations that the relaxation of a round takes at most, a backward pass counted as two."""
-        return 3 * self.config.steps * self.config.restarts * (1 if rounds % FRESH == 0 else 2)
+        return SLOPE * self.config.steps * self.config.restarts * (1 if rounds % FRESH == 0 else 2)
 
     def _answer(self, best: Best, verdict: float, rounds: int, details: dict) -> Reconstruction:
         found = {"energy": best[0], "verdict": verdict, "rounds": rounds, "evaluations": self.energy.tally.sentences}

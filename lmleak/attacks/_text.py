@@ -9,6 +9,11 @@ from typing import Any
 from lmleak.records import Knowledge, Reconstruction, Status, Victim
 
 
+def put(sentence: tuple[int, ...], place: int, token: int) -> tuple[int, ...]:
+    """The sentence with another token in one place."""
+    return (*sentence[:place], token, *sentence[place + 1 :])
+
+
 @dataclass(frozen=True)
 class Frame:
     """Special tokens before and after every sentence ([CLS] and [SEP] for BERT; none for GPT-2)."""

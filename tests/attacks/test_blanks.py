@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmleak.attacks._blanks import OPEN, PRICE, RATE, STEPS, ZIPF, OfEnergy, filled, likeliest, ranked
+from lmleak.attacks._blanks import OPEN, PRICE, RATE, STEPS, OfEnergy, filled, likeliest, ranked
 from lmleak.attacks._energy import slope
+from lmleak.attacks._vocabulary import FIRST
 from tests.attacks.test_discrete import TRUTH, WORDS, Landscape
 
 FREE = range(1, len(TRUTH) - 1)
@@ -25,7 +26,7 @@ def opened(seed: int, count: int) -> torch.Tensor:
 
 
 def common() -> torch.Tensor:
-    return torch.tensor([1 / (rank + ZIPF) for rank in range(WORDS - 2)])
+    return torch.tensor([1 / (rank + FIRST) for rank in range(WORDS - 2)])
 
 
 @given(seed=st.integers(0, 1000), count=st.integers(1, 200))
