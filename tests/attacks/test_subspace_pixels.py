@@ -9,7 +9,7 @@ import torch
 
 from lmleak import attack, load_batches, load_model, observe, select
 from lmleak.attacks._applicability import read, readers
-from lmleak.attacks._subspace_pixels import Descent, view
+from lmleak.attacks._subspace_descent import Descent, view
 from lmleak.metrics import score
 
 VIT = {
