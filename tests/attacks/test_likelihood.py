@@ -13,7 +13,7 @@ from lmleak.attacks import likelihood
 from lmleak.attacks._likelihood_moves import Space
 from lmleak.attacks._likelihood_score import Candidate, Scorer
 from lmleak.attacks._likelihood_search import Search
-from lmleak.attacks._likelihood_verdict import hopeless
+from lmleak.attacks._likelihood_verdict import LUCK, hopeless
 from lmleak.attacks._objective import frozen
 from lmleak.attacks._text import Frame, special_frame
 from lmleak.defenses import gaussian
@@ -212,7 +212,7 @@ def test_the_truth_never_leads_by_more_than_a_hopeless_case_allows(make):
         assert hopeless(scorer.aimed(scorer.targets, 0.01), space, others, 1e-3) is None
     said = re.search(r"lead by (\S+) nats at most", why or "")
     assert said
-    assert max(leads) < float(said[1])
+    assert max(leads) < float(said[1]) <= 1 / 2 + LUCK  # clipped to one deviation of the noise
 
 
 def test_one_of_several_sentences_is_found_given_the_others():
