@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.func import jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmleak.attacks._subspace_descent import Descent, View
 
@@ -24,7 +25,7 @@ STEPS = 2  #: with one Jacobian
 DAMPING = (0.0, 1.0, 1e2, 1e4)  #: tried in turn, in the prior's units, until a step helps
 TANGENTS = 64  #: pushed forward at once
 NONE = 0.01  #: of a direction is left by the rows where it counts as theirs
-ROOM = 2**30  #: numbers of a Jacobian; 3,072 pixels and 65 inputs of width 192 have 4e7
+ROOM = 2**28  #: numbers of a Jacobian; 3,072 pixels and 65 inputs of width 192 have 4e7
 
 
 def price(descent: Descent) -> int:
@@ -59,7 +60,8 @@ def _jacobian(descent: Descent, z: Tensor) -> list[Tensor]:
     """What every coordinate moves in every view's inputs, [p, n, d] each."""
     along = vmap(lambda tangent: jvp(lambda q: tuple(descent.rows(q)), (z,), (tangent,))[1])
     pixels = torch.eye(z.numel(), dtype=z.dtype, device=z.device).view(-1, *z.shape)
-    parts = [along(part) for part in pixels.split(TANGENTS)]
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward derivative
+        parts = [along(part) for part in pixels.split(TANGENTS)]
     descent.evaluations += z.numel() // 3  # a step of the descent, which also goes back, costs three
     return [torch.cat(one) for one in zip(*parts, strict=True)]
 

@@ -34,6 +34,18 @@ def case(dtype="float64", defense=None, component="attn_query", config=VIT, seed
     return descent, (descent.down @ centred @ descent.across.T) / descent.spread, batch
 
 
+def test_fused_attention_has_the_same_jacobian():
+    found = []
+    for kind in ("eager", "sdpa"):
+        victim = load_model("vit", config=VIT, device="cpu", attn_implementation=kind)
+        batch = load_batches(victim, "photos", limit=1)[0]
+        seen = observe(victim, batch, select(victim, components="ffn_in", layers=[1], parameters="weight"))
+        descent = Descent(victim, [view(victim, seen, seen.entries[0], 5)])
+        with descent.attached(), torch.no_grad():
+            found += newton._jacobian(descent, torch.zeros(descent.shape))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def smooth(descent, z, cap):
     """`Descent.nats` with a graph."""
     parts = [
