@@ -36,6 +36,7 @@ STARTS = (STAGES, FARTHER, SLOWLY)
 #: Cap of the weights at which a descent's end is judged, and its nats over what is expected of the true picture from
 #: which on it is a wrong minimum: d = 192, trained, 0.9 to 1.4 at 23 to 37 dB, 4.8 to 29 at 12 to 20 dB.
 JUDGED, FAR = 1e2, 3.0
+LONG = 700  #: steps of one descent at most: a wrong minimum is left the sooner, Gauss-Newton finishes a right one
 START = 1e-2  #: spread of the first picture around grey, where photos have 1
 ENOUGH = 0.3  #: equations a pixel; what is missing has to come from the prior
 SURE = 0.5  #: least confidence of an answer where it can be told
@@ -84,7 +85,7 @@ def attack_pixels(
             for ridge, prior in STARTS[turn % len(STARTS)]:
                 left = (budget - spare) // 3 - descent.evaluations  # a backward pass costs as much as two forward ones
                 if left > 0:
-                    z = descent.down_to(z, ridge, prior, left)
+                    z = descent.down_to(z, ridge, prior, min(left, LONG))
             nats = descent.nats(z, JUDGED)
             progress(f"start {turn + 1}: {nats:.4g} nats, {expected:.4g} at the true picture")
             best = min(best, (nats, turn, z)) if best is not None else (nats, turn, z)
