@@ -92,17 +92,17 @@ def attack_pixels(
             if nats < FAR * expected or 3 * descent.evaluations >= budget - spare:
                 break
         assert best is not None
-        nats, _, z = best
-        details["refined"] = bool(spare) and nats < FAR * expected
-        if details["refined"]:
-            for cap in CAPS:
-                z = refined(descent, z, cap)
-                progress(f"weights to {cap:.0e}: {descent.nats(z, cap):.4g} nats, {descent.expected(cap):.4g} expected")
+        z = best[2]
+        details["refined"] = bool(spare)
+        for cap in CAPS if spare else ():
+            z = refined(descent, z, cap)
+            progress(f"weights to {cap:.0e}: {descent.nats(z, cap):.4g} nats, {descent.expected(cap):.4g} expected")
         with torch.no_grad():
             outside, open_ = (float(part) for part in descent(z, RIDGE))
         explained = 1 - outside / max(grey, 1e-30)
         filled = 1 - open_ / max(1e-30, sum(float(one.clear.sum()) for one in tight))
-        details |= {"outside": outside, "open": open_, "explained": explained, "nats": nats, "expected": expected}
+        details |= {"outside": outside, "open": open_, "explained": explained}
+        details |= {"nats": descent.nats(z, JUDGED), "expected": expected}
         picture = descent.picture(z).clamp(0, 1).float()
     details["evaluations"] = descent.evaluations
     sure = filled * max(0.0, (details["explained"] - free) / (1 - free)) if free < 1 else 0.0
