@@ -109,6 +109,7 @@ def attack_pixels(
     if free < 1 and sure < SURE:
         why = f"the best picture explains {details['explained']:.2g} of the space, pixels explain {free:.2g} of noise's"
         return refuse("no_signal", why, details)
+    sure *= min(1.0, FAR * expected / details["nats"])  # a wrong minimum says so
     return Reconstruction(images=picture, confidence=(sure,), details=details)
 
 
