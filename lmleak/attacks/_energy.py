@@ -7,7 +7,7 @@ inputs lie in that space and fill it. Inputs of an encoder's module at any depth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lmleak.attacks._objective import frozen
 from lmleak.attacks._rowspace import RowSpace, matrix, row_space
 from lmleak.records import Entry, Observation, Victim
 
@@ -25,6 +26,26 @@ SLOPE = 3  #: evaluations that a slope counts as: a backward pass costs about tw
 
 class Reached(Exception):
     """All that is wanted was seen: nothing behind it is computed."""
+
+
+@contextmanager
+def reaching(module: nn.Module, owners: Sequence[nn.Module], seen: dict[nn.Module, Tensor]) -> Iterator[None]:
+    """Inside, the model is frozen and a forward pass ends with `Reached` once `seen` has the owners' inputs."""
+    wanted = set(owners)
+
+    def reach(owner: nn.Module, args: tuple) -> None:
+        seen[owner] = args[0]
+        if len(seen) == len(wanted):
+            raise Reached
+
+    with frozen(module):
+        handles = [owner.register_forward_pre_hook(reach) for owner in wanted]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            seen.clear()
 
 
 @dataclass(frozen=True)
@@ -128,32 +149,8 @@ class Energy:
     def attached(self) -> Iterator[Energy]:
         """Hooks and evaluation mode for the duration of an attack; the model is left as it was found."""
         module = self.victim.module
-        owners = [module.get_submodule(s.entry.module) for s in self.sites]
-        modes = {m: m.training for m in module.modules()}
-        wanted = [p for p in module.parameters() if p.requires_grad]
-        handles = []
-        try:
-            handles = [owner.register_forward_pre_hook(self._reach(len(set(owners)))) for owner in set(owners)]
-            module.eval()
-            for p in wanted:
-                p.requires_grad_(False)
+        with reaching(module, [module.get_submodule(s.entry.module) for s in self.sites], self._seen):
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
-            for p in wanted:
-                p.requires_grad_(True)
-            for m, training in modes.items():
-                m.training = training
-            self._seen.clear()
-
-    def _reach(self, count: int) -> Callable[[nn.Module, tuple], None]:
-        def hook(owner: nn.Module, args: tuple) -> None:
-            self._seen[owner] = args[0]
-            if len(self._seen) == count:
-                raise Reached
-
-        return hook
 
     def inputs(self, embeds: Tensor) -> list[Tensor]:
         """Input of every site's module, [k, n, d] each; embeds [k, n, width] are word embeddings without position."""

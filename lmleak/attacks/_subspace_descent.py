@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lmleak.attacks._energy import Reached
+from lmleak.attacks._energy import Reached, reaching
 from lmleak.attacks._rowspace import matrix
 from lmleak.attacks._span_prior import Photo, even, proportional
 from lmleak.records import Entry, Observation, Victim
@@ -129,30 +129,8 @@ class Descent:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Hooks and evaluation mode for the duration; the model is left as it was found."""
-        module = self.victim.module
-        owners = {view.owner for view in self.views}
-        modes = {m: m.training for m in module.modules()}
-        wanted = [p for p in module.parameters() if p.requires_grad]
-
-        def reach(owner: nn.Module, args: tuple) -> None:
-            self._seen[owner] = args[0]
-            if len(self._seen) == len(owners):
-                raise Reached
-
-        handles = [owner.register_forward_pre_hook(reach) for owner in owners]
-        try:
-            module.eval()
-            for p in wanted:
-                p.requires_grad_(False)
+        with reaching(self.victim.module, [view.owner for view in self.views], self._seen):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for p in wanted:
-                p.requires_grad_(True)
-            for m, training in modes.items():
-                m.training = training
-            self._seen.clear()
 
     def down_to(self, z: Tensor, ridge: float, prior: float, budget: int) -> Tensor:
         """L-BFGS until it stands, or `budget` evaluations more."""
@@ -181,7 +159,6 @@ class Descent:
 def view(victim: Victim, observation: Observation, entry: Entry, inputs: int) -> View:
     """The space of one matrix at the rank that the number of patches says, and what noise leaves of each direction."""
     gradient = matrix(victim.module, entry, observation.gradients[entry.name]).double()
-    device = _like(victim).device
     centred = entry.component == "attn_key"
     scaled, columns = even(gradient) if proportional(observation) else (gradient, torch.ones_like(gradient[0]))
     _, values, right = torch.linalg.svd(scaled, full_matrices=False)
@@ -191,6 +168,7 @@ def view(victim: Victim, observation: Observation, entry: Entry, inputs: int) ->
     most = (rows**0.5 + d**0.5) ** 2
     strength = values[:rank].square() / (noise * most).clamp_min(1e-300)
     owner = victim.module.get_submodule(entry.module)
+    device = next(victim.module.parameters()).device
     space = right[:rank].to(device), strength.to(device), columns.to(device)
     return View(owner, *space, centred, 0.5 * most)
 

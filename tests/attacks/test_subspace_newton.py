@@ -9,6 +9,7 @@ from lmleak import attack, load_batches, load_model, observe, select
 from lmleak.attacks import _subspace_newton as newton
 from lmleak.attacks._subspace_descent import Descent, view
 from lmleak.metrics import score
+from tests.attacks.test_subspace_pixels import coordinates
 
 VIT = {
     "image_size": 8,
@@ -28,9 +29,7 @@ def case(dtype="float64", defense=None, component="attn_query", seed=0):
     chosen = select(victim, components=component, layers=[1], parameters="weight")
     seen = observe(victim, batch, chosen, defense, seed)
     descent = Descent(victim, [view(victim, seen, seen.entries[0], 5)])
-    picture = batch.reference.images.to(descent.spread)
-    centred = torch.einsum("ij,kjyx->kiyx", descent.mix, picture - 0.5)
-    return descent, (descent.down @ centred @ descent.across.T) / descent.spread, batch
+    return descent, coordinates(descent, batch.reference.images), batch
 
 
 def test_fused_attention_has_the_same_jacobian():
