@@ -148,9 +148,8 @@ def solve(layer: PatchLayer, form: Any, known: Equations) -> tuple[Tensor, float
     inputs, stretch = _inputs(layer, known, picture)
     typical = stretch.mean()
     # Coordinates in which one patch's prior is the identity and its equations are diagonal.
-    alone = _alone(photo, layer)
     block = torch.eye(p + 1, dtype=torch.float64)
-    block[:p, :p] = alone
+    block[:p, :p] = alone(photo, layer)
     block[p, p] = 1e-2  # the divisor is free within ten times its size
     root = torch.linalg.cholesky(block)
     system = torch.cat([known.pixels, (known.stretch * typical)[:, None]], 1)
@@ -182,7 +181,7 @@ def solve(layer: PatchLayer, form: Any, known: Equations) -> tuple[Tensor, float
         missing = wanted - (start * full)[:, : len(gains)]
         slope = torch.zeros_like(start)
         slope[:, : len(gains)] = turned @ ((turned.T @ missing) / spread[:, None]) * gains
-        now = _conjugate(curved, nearly, slope, nearly(slope) if turn == 0 else now, ENOUGH * n)
+        now = conjugate(curved, nearly, slope, nearly(slope) if turn == 0 else now, ENOUGH * n)
         unknowns = centre + now @ frame.T
         picture = layer.join(unknowns[None, :, :p], form.height, form.width).clamp(0, 1)
         inputs, stretch = _inputs(layer, known, picture)
@@ -212,7 +211,7 @@ def _noise(known: Equations, inputs: Tensor, stretch: Tensor) -> tuple[Tensor, T
     return torch.linalg.eigh(covariance * stretch[:, None] * stretch)  # type: ignore[return-value]
 
 
-def _alone(photo: Photo, layer: PatchLayer) -> Tensor:
+def alone(photo: Photo, layer: PatchLayer) -> Tensor:
     """Inverse covariance of one patch inside a photo, [p, p], from a window three patches wide."""
     c, y, x = layer.patch
     window = Photo(c, 3 * y, 3 * x)
@@ -221,7 +220,7 @@ def _alone(photo: Photo, layer: PatchLayer) -> Tensor:
     return window(wide)[..., y : 2 * y, x : 2 * x].flatten(1)
 
 
-def _conjugate(curved: Any, nearly: Any, slope: Tensor, start: Tensor, enough: float) -> Tensor:
+def conjugate(curved: Any, nearly: Any, slope: Tensor, start: Tensor, enough: float) -> Tensor:
     """Solves curved(z) = slope, with `nearly` its approximate inverse."""
     z = start
     rest = slope - curved(z)

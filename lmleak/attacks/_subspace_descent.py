@@ -72,11 +72,18 @@ class View:
         size = x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return x / size, size
 
+    def astray(self, x: Tensor) -> Tensor:
+        """Share of each of the rows x [n, d] outside the space, [n]."""
+        return self._outside(self.unit(x)[0])
+
+    def _outside(self, unit: Tensor) -> Tensor:
+        return (unit - unit @ self.basis.T @ self.basis).square().sum(-1)
+
     def __call__(self, x: Tensor, ridge: float, cap: float = 1.0) -> tuple[Tensor, Tensor]:
         """Share of the rows x [n, d] outside the space, summed; and share of the space that they leave open."""
         x, _ = self.unit(x)
         p = x @ self.basis.T
-        outside = (x - p @ self.basis).square().sum()
+        outside = self._outside(x).sum()
         covered = (torch.linalg.solve(x @ x.T + ridge * torch.eye(len(x)).to(x), p) * p).sum(0)
         return outside * self.trust, (self.weights(cap) * (1 - covered)).sum()
 
@@ -100,6 +107,11 @@ class Descent:
         """[1, c, y, x] in [0, 1] (not clamped) from coordinates in which photos have spread 1."""
         y = self.down.T @ (z * self.spread) @ self.across
         return 0.5 + torch.einsum("ji,kjyx->kiyx", self.mix, y)
+
+    def coordinates(self, picture: Tensor) -> Tensor:
+        """The inverse of `picture`."""
+        centred = torch.einsum("ij,kjyx->kiyx", self.mix, picture.to(self.spread) - 0.5)
+        return (self.down @ centred @ self.across.T) / self.spread
 
     def rows(self, z: Tensor) -> list[Tensor]:
         """Inputs of every view's matrix, [n, d] each."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lmleak.attacks._subspace_descent import RIDGE, Descent, view
+from lmleak.attacks._subspace_mending import mended
 from lmleak.attacks._subspace_newton import CAPS, price, refined
 from lmleak.attacks._text import refuse
 from lmleak.gradients._tree import Tree
@@ -86,6 +87,7 @@ def attack_pixels(
                 left = (budget - spare) // 3 - descent.evaluations  # a backward pass costs as much as two forward ones
                 if left > 0:
                     z = descent.down_to(z, ridge, prior, min(left, LONG))
+            z = mended(descent, layer, z, JUDGED, (budget - spare) // 3)
             nats = descent.nats(z, JUDGED)
             progress(f"start {turn + 1}: {nats:.4g} nats, {expected:.4g} at the true picture")
             best = min(best, (nats, turn, z)) if best is not None else (nats, turn, z)

@@ -9,7 +9,6 @@ from lmleak import attack, load_batches, load_model, observe, select
 from lmleak.attacks import _subspace_newton as newton
 from lmleak.attacks._subspace_descent import Descent, view
 from lmleak.metrics import score
-from tests.attacks.test_subspace_pixels import coordinates
 
 VIT = {
     "image_size": 8,
@@ -29,7 +28,7 @@ def case(dtype="float64", defense=None, component="attn_query", seed=0):
     chosen = select(victim, components=component, layers=[1], parameters="weight")
     seen = observe(victim, batch, chosen, defense, seed)
     descent = Descent(victim, [view(victim, seen, seen.entries[0], 5)])
-    return descent, coordinates(descent, batch.reference.images), batch
+    return descent, descent.coordinates(batch.reference.images), batch
 
 
 def test_fused_attention_has_the_same_jacobian():

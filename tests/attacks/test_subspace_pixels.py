@@ -34,12 +34,6 @@ def seen(victim, component="attn_query", layer=1, size=1):
     return observe(victim, batch, select(victim, components=component, layers=layers, parameters="weight")), batch
 
 
-def coordinates(descent, picture):
-    """The inverse of `Descent.picture`."""
-    centred = torch.einsum("ij,kjyx->kiyx", descent.mix, picture.to(descent.spread) - 0.5)
-    return (descent.down @ centred @ descent.across.T) / descent.spread
-
-
 @pytest.mark.parametrize("component", ["attn_query", "attn_key", "ffn_in"])
 def test_one_matrix_of_a_middle_block_gives_the_picture(vit, component):
     observation, batch = seen(vit, component)
@@ -57,7 +51,7 @@ def test_the_energy_is_what_projections_say_and_the_true_picture_has_next_to_non
     observation, batch = seen(victim)
     one = view(victim, observation, observation.entries[0], 17)
     descent = Descent(victim, [one])
-    z = coordinates(descent, batch.reference.images)
+    z = descent.coordinates(batch.reference.images)
     assert (descent.picture(z) - batch.reference.images).abs().max() < 1e-6
     with descent.attached(), torch.no_grad():
         true = descent(z, 1e-12)
