@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=20)
     parser.add_argument("--matched", type=int, default=5, help="pictures that inverting_gradients gets")
     parser.add_argument("--generous", type=int, default=500, help="steps it gets beside those of equal time")
-    parser.add_argument("--only", default="", help="words that a cell's line must hold: trained attn_query")
+    parser.add_argument("--only", default="", help="words that a cell must hold: trained attn_query block4")
     parser.add_argument("--table", action="store_true", help="print the tables of what is there and stop")
     asked = parser.parse_args()
     if not asked.table:
@@ -61,7 +61,7 @@ def main() -> None:
         asked.save.parent.mkdir(parents=True, exist_ok=True)
         for study in asked.study.split(","):
             for cell in cells(study):
-                if all(word in str(cell) for word in asked.only.split()):
+                if all(word in f"{cell} block{cell[3]}" for word in asked.only.split()):
                     measure(asked, study, *cell)
     print(table(read(asked.save)))
 

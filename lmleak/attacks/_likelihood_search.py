@@ -154,6 +154,7 @@ class Search:
     def _ascend(self, at: Candidate, limit: float, quick: bool = False) -> Candidate:
         """The local optimum that single changes lead to; `quick` tries few words at every position, and orders."""
         self.score([at])
+        self.moves.begin()
         while self.scorer.evaluations < limit:
             slope = self.scorer.slope(at)
             better, asked = at, False
@@ -167,6 +168,8 @@ class Search:
                 if better != at or asked or self.scorer.evaluations >= limit:
                     break
             if better == at and not asked:
+                if not quick and self.moves.begin():
+                    continue  # a word that rested may help by now
                 self.local[at] = None
                 break
             at = better
