@@ -38,10 +38,12 @@ def mended(descent: Descent, layer: PatchLayer, z: Tensor, cap: float, most: int
     now, expected, tried = descent.nats(z, cap), descent.expected(cap), 0
     while now > expected and tried < len(TRIED) and descent.evaluations < most:
         wrong = _apart(descent, layer, z)
+        if not wrong.any():
+            break
         around, kept = TRIED[tried]
         wrong = _widened(wrong, around)
-        if not 0 < int(wrong.sum()) <= MOST * wrong.numel():
-            tried = tried + 1 if wrong.any() else len(TRIED)
+        if int(wrong.sum()) > MOST * wrong.numel():
+            tried += 1
             continue
         picture = descent.picture(z).detach()
         usual = likeliest(descent.photo, layer, picture, wrong.flatten())

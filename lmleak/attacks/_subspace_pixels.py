@@ -8,8 +8,9 @@ work, *measured* on an untrained 6-layer ViT (d = 192, patches of 4 x 4), a CIFA
     by L-BFGS (coarse shapes come first by themselves)                    25 dB in 6 CPU s, then a wrong minimum
     and the space filled by the rows, each direction alike                44 dB in 4 CPU s
 
-A start may end in a wrong minimum (2 of 10 pictures, 18 and 27 dB): starts take turns, and the nats that the picture
-misses say which is one. The rest is `_subspace_newton`'s.
+A start may end in a wrong minimum, a few patches of the picture being wrong (`_subspace_mending`); what it still misses
+then are nats (`_subspace_newton`), which also say where the minimum stayed a wrong one, so that another start has its
+turn. Of 40 pictures (blocks 2 and 4, untrained and trained) none needed a second: 36 to 95 dB.
 """
 
 from __future__ import annotations
