@@ -62,8 +62,9 @@ class Space:
 class Moves:
     """Changes of sentences of one space."""
 
-    def __init__(self, space: Space, table: Tensor, shortlist: int, wide: int):
+    def __init__(self, space: Space, table: Tensor, shortlist: int, wide: int, rests: bool):
         self.space, self.table, self.wide = space, table, wide
+        self.rest = REST if rests else 0
         self.widths = (*tuple(w for w in WIDTHS if w < shortlist), shortlist)
         self.allowed = torch.zeros(len(table), dtype=torch.bool, device=table.device)
         self.allowed[space.words] = True
@@ -77,7 +78,7 @@ class Moves:
 
     def begin(self) -> bool:
         """From now on every word is tried anywhere again; whether any rested."""
-        rested = any(0 < self.turn - turn < REST for turn in self.tried.values())
+        rested = any(0 < self.turn - turn < self.rest for turn in self.tried.values())
         self.tried.clear()
         return rested
 
@@ -164,7 +165,7 @@ class Moves:
 
     def _rested(self, place: int, words: list[int]) -> Iterator[int]:
         """Words that were not tried there in the last few changes of the sentence."""
-        return (w for w in words if self.turn - self.tried.get((place, w), -REST) >= REST)
+        return (w for w in words if self.turn - self.tried.get((place, w), -REST) >= self.rest)
 
     def _runners(self, at: Candidate, known: Mapping[Candidate, float]) -> list[Candidate]:
         """The best orders of the same words that were scored: each a step down, from which other forms may lead up.

@@ -44,10 +44,11 @@ class Search:
         self.scorer, self.space, self.generator, self.prior = scorer, space, generator, prior
         self.evidence = evidence
         self.asked: float | None = None  #: score of the last sentence around which the release was asked
-        self.moves = Moves(space, scorer.table, shortlist, round(1 / scorer.price))
-        # Not where the token table is observed, whose rows name the words: there, and in the first look before it, four
-        # of eight cells ended with fewer words in place for what blanks cost, one with more.
-        self.blanks = None if scorer.profiled or scorer.rows() is not None else Blanks(scorer, space)
+        # Where the token table is observed, its rows name the words: there, and in the first look before it, four of
+        # eight cells ended with fewer words in place for what blanks cost, one with more; resting words likewise.
+        unnamed = not scorer.profiled and scorer.rows() is None
+        self.moves = Moves(space, scorer.table, shortlist, round(1 / scorer.price), unnamed)
+        self.blanks = Blanks(scorer, space) if unnamed else None
         self.opened: set[Candidate] = set()  #: sentences whose words were left out in turn
         self.likely: tuple[int, ...] = ()  #: lengths that fresh sentences have
         self.known: dict[Candidate, float] = {}

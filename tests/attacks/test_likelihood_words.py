@@ -170,7 +170,7 @@ def test_evidence_names_words_at_their_places(victim, chosen, most):
 def test_words_scored_at_a_position_say_which_to_score_next(victim):
     table = victim.module.get_input_embeddings().weight.detach()
     space = Space(torch.arange(200), torch.ones(200), Frame((), ()), (3,), (1,))
-    moves = Moves(space, table, 16, 1)
+    moves = Moves(space, table, 16, 1, False)
     wanted = torch.nn.functional.normalize(moves.centred @ moves.centred[150], dim=0)
     at = Candidate((5, 6, 7), 1)
     known = {Candidate((5, i, 7), 1): float(wanted[i]) for i in range(120)}
@@ -183,7 +183,7 @@ def test_words_scored_at_a_position_say_which_to_score_next(victim):
 def test_a_word_that_was_tried_rests_while_others_have_their_turn(victim):
     table = victim.module.get_input_embeddings().weight.detach()
     space = Space(torch.arange(13, 200), torch.arange(187.0) ** 6, Frame((11,), (12,)), (5,), (1,))
-    moves = Moves(space, table, 64, 1)
+    moves = Moves(space, table, 64, 1, True)
     gain = torch.randn(5, len(table), generator=torch.Generator().manual_seed(0))
 
     def first(at):
@@ -205,11 +205,14 @@ def test_a_word_that_was_tried_rests_while_others_have_their_turn(victim):
     assert moves.begin()
     assert not moves.begin()
     assert {(1, int(w)) for w in steepest} <= first(sentences[-1])
+    moves = Moves(space, table, 64, 1, False)
+    assert first(sentences[0]) & first(sentences[1])
+    assert not moves.begin()
 
 
 def test_words_in_a_row_move_together(victim):
     space = Space(torch.arange(13, 200), torch.ones(187), Frame((11,), (12,)), (7,), (1,))
-    moves = Moves(space, victim.module.get_input_embeddings().weight.detach(), 4, 1)
+    moves = Moves(space, victim.module.get_input_embeddings().weight.detach(), 4, 1, False)
     at = Candidate((11, 21, 22, 23, 24, 25, 12), 1)
     found = [one.tokens for one in moves._carried(at)]
     assert (11, 23, 24, 25, 21, 22, 12) in found
