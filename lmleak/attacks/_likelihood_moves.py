@@ -8,9 +8,9 @@ swaps, moves, deletions with an insertion elsewhere, other lengths and other lab
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice, zip_longest
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -29,10 +29,6 @@ GUESSED = 24  #: that are scored then
 LEAST = 48  #: words scored at a position from which others may be guessed
 RUNNERS = 6  #: other orders of the words whose other forms are tried
 RIDGE = 0.1  #: of the guess
-#: Changes of the sentence for which a word that did not help at a place is not tried there again, so that others have
-#: their turn. MiniLM, layer 0, noise multipliers 0.001 and 0.003, two sentences: 39 of 42 words in 6,000 candidates; 31
-#: where the first few words of every place are tried after every change.
-REST = 6
 
 
 @dataclass(frozen=True)
@@ -62,9 +58,8 @@ class Space:
 class Moves:
     """Changes of sentences of one space."""
 
-    def __init__(self, space: Space, table: Tensor, shortlist: int, wide: int, rests: bool):
+    def __init__(self, space: Space, table: Tensor, shortlist: int, wide: int):
         self.space, self.table, self.wide = space, table, wide
-        self.rest = REST if rests else 0
         self.widths = (*tuple(w for w in WIDTHS if w < shortlist), shortlist)
         self.allowed = torch.zeros(len(table), dtype=torch.bool, device=table.device)
         self.allowed[space.words] = True
@@ -73,14 +68,6 @@ class Moves:
         self.centred = torch.nn.functional.normalize(own - own.mean(0), dim=-1)
         self.row = {word: i for i, word in enumerate(space.words.tolist())}
         self.kept: dict[int, list[int]] = {}
-        self.turn = 0  #: sentences that changes were asked of
-        self.tried: dict[tuple[int, int], int] = {}  #: (place, word) -> turn
-
-    def begin(self) -> bool:
-        """From now on every word is tried anywhere again; whether any rested."""
-        rested = any(0 < self.turn - turn < self.rest for turn in self.tried.values())
-        self.tried.clear()
-        return rested
 
     def told(self, space: Space) -> None:
         """From now on words are likely by another space's weights."""
@@ -120,19 +107,19 @@ class Moves:
         gain = slope.gain.masked_fill(~self.allowed, -torch.inf)[free.start : free.stop]
         top = gain.topk(min(self.widths[-1], len(self.space.words)), -1)
         tried = 0
-        self.turn += 1
-        steep = [self._rested(i, top.indices[i - free.start].tolist()) for i in free]
-        usual = [self._rested(i, self.usual(i)) for i in free]
         for width in self.widths:
-            some = [[*islice(words, width - tried)] for words in steep]
-            ranked = [(float(gain[i, w]), free[i], w) for i, words in enumerate(some) for w in words]
-            steepest = [(i, w) for _, i, w in sorted(ranked, reverse=True)]
+            ranked = [
+                (float(v), free.start + i, int(token))
+                for i in range(len(free))
+                for v, token in zip(top.values[i, tried:width], top.indices[i, tried:width], strict=True)
+            ]
+            ranked.sort(reverse=True)
+            changed = [self._put(at, place, token) for _, place, token in ranked]
             # By rank, so that each place has its turn: the slope of one word says little of another far from it.
-            common = [[*islice(words, width - tried)] for words in usual]
-            turns = [(i, w) for row in zip_longest(*common) for i, w in zip(free, row, strict=True) if w is not None]
-            puts = [put for pair in zip_longest(steepest, turns) for put in pair if put is not None]
-            self.tried.update(dict.fromkeys(puts, self.turn))
-            changed = [one for i, w in puts if (one := self._put(at, i, w)) != at]
+            usual = [
+                self._put(at, i, word) for k in range(tried, width) for i in free for word in self.usual(i)[k : k + 1]
+            ]
+            changed = [one for pair in zip_longest(changed, usual) for one in pair if one is not None and one != at]
             if quick:
                 yield changed
                 yield self._estimated(at, slope, [*self._reordered(at)], wide // 2)
@@ -162,10 +149,6 @@ class Moves:
         for other in self._runners(at, known):
             moved = [i for i in free if other.tokens[i] != at.tokens[i]]
             yield [self._put(other, i, word) for i in moved for word in self._near(other.tokens[i])]
-
-    def _rested(self, place: int, words: list[int]) -> Iterator[int]:
-        """Words that were not tried there in the last few changes of the sentence."""
-        return (w for w in words if self.turn - self.tried.get((place, w), -REST) >= self.rest)
 
     def _runners(self, at: Candidate, known: Mapping[Candidate, float]) -> list[Candidate]:
         """The best orders of the same words that were scored: each a step down, from which other forms may lead up.

@@ -44,11 +44,10 @@ class Search:
         self.scorer, self.space, self.generator, self.prior = scorer, space, generator, prior
         self.evidence = evidence
         self.asked: float | None = None  #: score of the last sentence around which the release was asked
-        # Where the token table is observed, its rows name the words: there, and in the first look before it, four of
-        # eight cells ended with fewer words in place for what blanks cost, one with more; resting words likewise.
-        unnamed = not scorer.profiled and scorer.rows() is None
-        self.moves = Moves(space, scorer.table, shortlist, round(1 / scorer.price), unnamed)
-        self.blanks = Blanks(scorer, space) if unnamed else None
+        self.moves = Moves(space, scorer.table, shortlist, round(1 / scorer.price))
+        # Not where the token table is observed, whose rows name the words: there, and in the first look before it, four
+        # of eight cells ended with fewer words in place for what blanks cost, one with more.
+        self.blanks = None if scorer.profiled or scorer.rows() is not None else Blanks(scorer, space)
         self.opened: set[Candidate] = set()  #: sentences whose words were left out in turn
         self.likely: tuple[int, ...] = ()  #: lengths that fresh sentences have
         self.known: dict[Candidate, float] = {}
@@ -155,7 +154,6 @@ class Search:
     def _ascend(self, at: Candidate, limit: float, quick: bool = False) -> Candidate:
         """The local optimum that single changes lead to; `quick` tries few words at every position, and orders."""
         self.score([at])
-        self.moves.begin()
         while self.scorer.evaluations < limit:
             slope = self.scorer.slope(at)
             better, asked = at, False
@@ -169,8 +167,6 @@ class Search:
                 if better != at or asked or self.scorer.evaluations >= limit:
                     break
             if better == at and not asked:
-                if not quick and self.moves.begin():
-                    continue  # a word that rested may help by now
                 self.local[at] = None
                 break
             at = better

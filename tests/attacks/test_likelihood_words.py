@@ -9,8 +9,8 @@ from lmleak import load_model, observe, select
 from lmleak.attacks import _likelihood_deltas as deltas
 from lmleak.attacks import _likelihood_words as words
 from lmleak.attacks._likelihood_block import Block
-from lmleak.attacks._likelihood_moves import REST, Moves, Space
-from lmleak.attacks._likelihood_score import Candidate, Scorer, Slope
+from lmleak.attacks._likelihood_moves import Moves, Space
+from lmleak.attacks._likelihood_score import Candidate, Scorer
 from lmleak.attacks._objective import frozen
 from lmleak.attacks._text import Frame
 from lmleak.defenses import gaussian
@@ -170,7 +170,7 @@ def test_evidence_names_words_at_their_places(victim, chosen, most):
 def test_words_scored_at_a_position_say_which_to_score_next(victim):
     table = victim.module.get_input_embeddings().weight.detach()
     space = Space(torch.arange(200), torch.ones(200), Frame((), ()), (3,), (1,))
-    moves = Moves(space, table, 16, 1, False)
+    moves = Moves(space, table, 16, 1)
     wanted = torch.nn.functional.normalize(moves.centred @ moves.centred[150], dim=0)
     at = Candidate((5, 6, 7), 1)
     known = {Candidate((5, i, 7), 1): float(wanted[i]) for i in range(120)}
@@ -180,39 +180,9 @@ def test_words_scored_at_a_position_say_which_to_score_next(victim):
     assert not moves._guessed(at, 0, known)
 
 
-def test_a_word_that_was_tried_rests_while_others_have_their_turn(victim):
-    table = victim.module.get_input_embeddings().weight.detach()
-    space = Space(torch.arange(13, 200), torch.arange(187.0) ** 6, Frame((11,), (12,)), (5,), (1,))
-    moves = Moves(space, table, 64, 1, True)
-    gain = torch.randn(5, len(table), generator=torch.Generator().manual_seed(0))
-
-    def first(at):
-        """What stands at changed places in the first changes of few words."""
-        changed = next(iter(moves.of(at, Slope(0.0, gain), [], {}, True)))
-        return {
-            (i, w) for one in changed for i, (w, old) in enumerate(zip(one.tokens, at.tokens, strict=True)) if w != old
-        }
-
-    sentences = [Candidate((11, 20 + i, 30, 40, 12), 1) for i in range(REST + 2)]
-    seen = [first(one) for one in sentences]
-    steepest = gain[1, 13:200].topk(3).indices + 13
-    assert {(1, int(w)) for w in steepest} <= seen[0]
-    assert (1, 199) in seen[0]  # the most common word
-    for i, later in enumerate(seen[1:REST], 1):
-        assert later
-        assert not later & set().union(*seen[:i])
-    assert seen[REST] & seen[0]
-    assert moves.begin()
-    assert not moves.begin()
-    assert {(1, int(w)) for w in steepest} <= first(sentences[-1])
-    moves = Moves(space, table, 64, 1, False)
-    assert first(sentences[0]) & first(sentences[1])
-    assert not moves.begin()
-
-
 def test_words_in_a_row_move_together(victim):
     space = Space(torch.arange(13, 200), torch.ones(187), Frame((11,), (12,)), (7,), (1,))
-    moves = Moves(space, victim.module.get_input_embeddings().weight.detach(), 4, 1, False)
+    moves = Moves(space, victim.module.get_input_embeddings().weight.detach(), 4, 1)
     at = Candidate((11, 21, 22, 23, 24, 25, 12), 1)
     found = [one.tokens for one in moves._carried(at)]
     assert (11, 23, 24, 25, 21, 22, 12) in found
