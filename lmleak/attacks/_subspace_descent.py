@@ -20,6 +20,7 @@ from lmleak.attacks._span_prior import Photo, even, proportional
 from lmleak.records import Entry, Observation, Victim
 
 RIDGE = 1e-5  #: on the products of the rows, where all directions weigh alike
+PRIOR = 1e-4  #: weight of the prior beside it
 MEMORY = 30  #: of L-BFGS
 
 
@@ -74,18 +75,19 @@ class View:
 
     def astray(self, x: Tensor) -> Tensor:
         """Share of each of the rows x [n, d] outside the space, [n]."""
-        return self._outside(self.unit(x)[0])
+        return self._split(self.unit(x)[0])[1]
 
-    def _outside(self, unit: Tensor) -> Tensor:
-        return (unit - unit @ self.basis.T @ self.basis).square().sum(-1)
+    def _split(self, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """What unit rows have along each direction [n, r], and of each what lies outside the space [n]."""
+        p = unit @ self.basis.T
+        return p, (unit - p @ self.basis).square().sum(-1)
 
     def __call__(self, x: Tensor, ridge: float, cap: float = 1.0) -> tuple[Tensor, Tensor]:
         """Share of the rows x [n, d] outside the space, summed; and share of the space that they leave open."""
         x, _ = self.unit(x)
-        p = x @ self.basis.T
-        outside = self._outside(x).sum()
+        p, outside = self._split(x)
         covered = (torch.linalg.solve(x @ x.T + ridge * torch.eye(len(x)).to(x), p) * p).sum(0)
-        return outside * self.trust, (self.weights(cap) * (1 - covered)).sum()
+        return outside.sum() * self.trust, (self.weights(cap) * (1 - covered)).sum()
 
 
 class Descent:

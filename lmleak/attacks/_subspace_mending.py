@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from lmleak.attacks._span_prior import Photo, alone, conjugate
-from lmleak.attacks._subspace_descent import RIDGE, Descent
+from lmleak.attacks._subspace_descent import PRIOR, RIDGE, Descent
 from lmleak.models._patches import PatchLayer
 
 APART = 4.0  #: times the median of what rows leave outside the space: a right picture's worst has 1.9 to 3.4
 MOST = 0.5  #: share of the patches that are mended at once
-PRIOR = 1e-4  #: its weight in the descent, as in a start's last
-STEPS = 250  #: of it
+STEPS = 250  #: of the descent after it
 HELPS = 0.95  #: nats after it, as a share of those before
 TRIED = ((0, 0.0), (1, 0.0), (0, -1.0))  #: (how far around the wrong patches, how much of what they deviated is kept)
 EXACTLY = 1e-6  #: of the prior's nats in which the patches are taken from the others

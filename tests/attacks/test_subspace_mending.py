@@ -7,8 +7,8 @@ import torch
 
 from lmleak import load_batches, load_model, observe, select
 from lmleak.attacks._span_prior import Photo
-from lmleak.attacks._subspace_descent import RIDGE, Descent, view
-from lmleak.attacks._subspace_mending import PRIOR, likeliest, mended
+from lmleak.attacks._subspace_descent import PRIOR, RIDGE, Descent, view
+from lmleak.attacks._subspace_mending import likeliest, mended
 from lmleak.metrics import score
 from lmleak.records import Reconstruction
 from tests.attacks.test_subspace_pixels import VIT

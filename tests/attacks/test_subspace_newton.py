@@ -9,21 +9,14 @@ from lmleak import attack, load_batches, load_model, observe, select
 from lmleak.attacks import _subspace_newton as newton
 from lmleak.attacks._subspace_descent import Descent, view
 from lmleak.metrics import score
+from tests.attacks.test_subspace_pixels import VIT
 
-VIT = {
-    "image_size": 8,
-    "patch_size": 4,
-    "hidden_size": 72,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "initializer_range": 0.05,
-}
+SMALL = {**VIT, "image_size": 8, "hidden_size": 72}
 
 
 def case(dtype="float64", defense=None, component="attn_query", seed=0):
     """A descent on one matrix of block 1, and the true picture's coordinates."""
-    victim = load_model("vit", config=VIT, dtype=dtype, device="cpu")
+    victim = load_model("vit", config=SMALL, dtype=dtype, device="cpu")
     batch = load_batches(victim, "photos", limit=1)[0]
     chosen = select(victim, components=component, layers=[1], parameters="weight")
     seen = observe(victim, batch, chosen, defense, seed)
@@ -34,7 +27,7 @@ def case(dtype="float64", defense=None, component="attn_query", seed=0):
 def test_fused_attention_has_the_same_jacobian():
     found = []
     for kind in ("eager", "sdpa"):
-        victim = load_model("vit", config=VIT, device="cpu", attn_implementation=kind)
+        victim = load_model("vit", config=SMALL, device="cpu", attn_implementation=kind)
         batch = load_batches(victim, "photos", limit=1)[0]
         seen = observe(victim, batch, select(victim, components="ffn_in", layers=[1], parameters="weight"))
         descent = Descent(victim, [view(victim, seen, seen.entries[0], 5)])
