@@ -86,11 +86,11 @@ def likeliest(asked: Asked, rows: Tensor, count: int) -> Tensor:
 
 @contextmanager
 def filled_in(table: nn.Module, blank: Tensor, filling: Tensor | None) -> Iterator[None]:
-    """Inside, the token table gives embeddings [k, d] in the open places [k, n]; without any, what it always gives."""
+    """Inside, the token table gives embeddings [p, d] in the open places of [k, n], row by row, if there are any."""
     if filling is None:
         yield
         return
-    put = lambda module, args, output: torch.where(blank[..., None], filling[:, None], output)  # noqa: E731
+    put = lambda module, args, output: output.masked_scatter(blank[..., None], filling)  # noqa: E731
     hook = table.register_forward_hook(put)
     try:
         yield

@@ -46,6 +46,18 @@ class Space:
         """Weights at one position, [words]."""
         return self.weights if self.weights.dim() == 1 else self.weights[place]
 
+    def drawn(self, count: int, generator: torch.Generator) -> list[Candidate]:
+        """Sentences by the weights alone, lengths and labels in turn."""
+        frame, out = self.frame, []
+        for i in range(count):
+            length = self.lengths[i % len(self.lengths)]
+            label = self.labels[i // len(self.lengths) % len(self.labels)]
+            free = range(len(frame.first), length - len(frame.last))
+            drawn = torch.stack([self.at(i).multinomial(1, generator=generator) for i in free]).flatten()
+            words = self.words[drawn.to(self.words.device)].tolist()
+            out.append(Candidate((*frame.first, *words, *frame.last), label))
+        return out
+
     def told(self, nats: Tensor) -> Space:
         """The same space where evidence [t, v] speaks of the first t positions, and what was said of later ones."""
         common = self.weights if self.common is None else self.common

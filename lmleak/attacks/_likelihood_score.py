@@ -23,8 +23,6 @@ from lmleak.records import Entry, Observation, Victim
 
 #: Tokens scored in one pass, on CPU and GPU: MiniLM's factors of 640 tokens are 190 MB.
 TOKENS = {False: 640, True: 16384}
-UPPER = 0.7  #: share of the gradient's energy that the upper layers must hold for a first look to rest on them
-CHEAP = 0.35  #: cost of a sentence where only the upper layers are looked at: MiniLM 3.3 of 9.5 ms
 TABLE = "\0table"  #: entry of the token table where nothing else asks for it: its output is where slopes are taken
 
 
@@ -89,38 +87,20 @@ class Scorer:
         other.targets, other.noise, other.evaluations = targets, noise, 0.0
         return other
 
-    def upper(self) -> Scorer | None:
-        """The same release as its upper third shows it, a third of the cost; None where that says too little.
-
-        MiniLM's pooler and head hold 87 % of its gradient's energy, and need no backward pass. They rank words like
-        the whole does: a true word second or third of 128 where it is second or third by all modules.
-        """
-        mechanism = self.mechanism
-        if mechanism is None or mechanism.max_grad_norm is None or mechanism.scope == "per_layer" or self.batch > 1:
-            return None
-        signal = {e.name: self._signal(e) for e in self.entries}
-        layers = [e.layer for e in self.entries if e.layer is not None]
-        first = 2 * (max(layers, default=0) + 1) / 3
-        place = {e.name: i for i, e in enumerate(self.entries)}
-        low = [place[e.name] for e in self.entries if e.layer is not None and e.layer < first]
-        kept = self.entries[max(low, default=-1) + 1 :]
-        kept = tuple(e for e in kept if e.layer is not None or e.component in ("pooler", "head"))
-        held = sum(signal[e.name] for e in kept)
-        if not low or not held > UPPER * sum(signal.values()):
-            return None
-        above = tuple(e for e in kept if e.layer is None)
-        if sum(signal[e.name] for e in above) > UPPER * sum(signal.values()):
-            kept = above
-        other = self.aimed({e.name: self.targets[e.name] for e in kept}, self.noise)
-        other.entries = other.scope = kept
-        other.captured = (*kept, self.captured[-1])
-        other.price, other.profiled = CHEAP, True
+    def part(self, entries: Sequence[Entry]) -> Scorer:
+        """The same release with only some of its entries seen."""
+        other = self.aimed({e.name: self.targets[e.name] for e in entries}, self.noise)
+        other.entries = tuple(entries)
+        other.numel = sum(e.numel for e in entries)
         return other
 
-    def _signal(self, entry: Entry) -> float:
-        """Energy of an entry's gradient beyond what its noise has, once in a thousand."""
-        noise = (entry.numel + 3.0 * (2.0 * entry.numel) ** 0.5) * self.noise**2
-        return max(0.0, float(self.targets[entry.name].double().square().sum()) - noise)
+    def profile(self) -> Scorer:
+        """The same release, where the factor of the clipping is whatever suits a sentence best."""
+        other = self.aimed(self.targets, self.noise)
+        other.scope = other.entries
+        other.captured = (*other.entries, self.captured[-1])
+        other.profiled = True
+        return other
 
     def deltas(self, candidates: Sequence[Candidate], entries: Sequence[Entry]) -> dict[str, Tensor]:
         """w times the gradient of the loss by each entry's output, entry name -> [k, t, o]; one length."""
@@ -190,12 +170,15 @@ class Scorer:
         return Slope(float(self.nats(value.detach().double())), self.nats(gain))
 
     def blank(self, candidates: Sequence[Candidate], filling: Tensor, slopes: bool = False) -> Tensor:
-        """Nats of candidates of one length with embeddings [k, d] in their open places [k]; or their slopes [k, d]."""
-        out = []
+        """Nats [k] of candidates of one length with embeddings [p, d] in their open places; or slopes [p, d].
+
+        Open places are as many in each, taken row by row.
+        """
+        out, filling = [], filling.view(len(candidates), -1, filling.shape[-1])
         size = max(1, TOKENS[self.table.is_cuda] // len(candidates[0].tokens) // (2 if slopes else 1))
         for at in range(0, len(candidates), size):
             part, some = candidates[at : at + size], filling[at : at + size]
-            factors, leaf = self._factors(part, create_graph=slopes, filling=some)
+            factors, leaf = self._factors(part, create_graph=slopes, filling=some.flatten(0, 1))
             products, squares, _ = self._measured(factors, len(part[0].tokens))
             value = self.nats(products - 0.5 * squares)
             if slopes:

@@ -71,17 +71,8 @@ class Search:
         return [self.known[c] for c in wanted]
 
     def fresh(self, count: int) -> list[Candidate]:
-        """Drawn sentences, lengths and labels in turn."""
-        space, out = self.space, []
-        for i in range(count):
-            lengths = self.likely or space.lengths
-            length = lengths[i % len(lengths)]
-            label = space.labels[i // len(lengths) % len(space.labels)]
-            free = range(len(space.frame.first), length - len(space.frame.last))
-            drawn = torch.stack([space.at(i).multinomial(1, generator=self.generator) for i in free]).flatten()
-            words = space.words[drawn.to(space.words.device)].tolist()
-            out.append(Candidate((*space.frame.first, *words, *space.frame.last), label))
-        return out
+        """Drawn sentences, of likely lengths."""
+        return replace(self.space, lengths=self.likely or self.space.lengths).drawn(count, self.generator)
 
     def run(self, limit: float, progress: Callable[[Candidate], None], starts: Sequence[Candidate] = ()) -> Candidate:
         """Fresh starts until `limit` evaluations of the scorer are spent; the best sentence of all.

@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lmleak import registry
 from lmleak.attacks._likelihood_moves import Space
+from lmleak.attacks._likelihood_parts import lower, upper
 from lmleak.attacks._likelihood_prior import log_prior
+from lmleak.attacks._likelihood_relax import relaxed
 from lmleak.attacks._likelihood_score import Candidate, Scorer
 from lmleak.attacks._likelihood_search import STARTS, LogPrior, Search
 from lmleak.attacks._likelihood_verdict import Verdict, hopeless, judge
@@ -30,7 +32,7 @@ from lmleak.attacks._text import Frame, refuse, sentence, special_frame
 from lmleak.attacks._vocabulary import frequency
 from lmleak.defenses import gaussian
 from lmleak.gradients.factors import unfactored
-from lmleak.records import Knowledge, Observation, Reconstruction, Victim
+from lmleak.records import Entry, Knowledge, Observation, Reconstruction, Victim
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -102,15 +104,20 @@ def attack(
     with frozen(victim.module):
         # A generator of its own: what it draws is not what a search starts from.
         draw = torch.Generator().manual_seed(generator.initial_seed())
-        drawn = Search(scorer, spaces[0], config.shortlist, draw, None).fresh(STARTS)
+        drawn = spaces[0].drawn(STARTS, draw)
         lost = None if prior else hopeless(scorer, spaces[0], drawn, config.risk)
+        # Where the label is the sentence itself, a mixture of words has none; mixtures of several sentences: not tried.
+        mixed = victim.task == "sequence-classification" and scorer.batch == 1
+        loud = lower(scorer, drawn) if mixed and not lost else ()
     if lost is not None:
         return refuse("no_signal", lost, {"evaluations": round(scorer.evaluations), "noise": scorer.noise})
     starts = _exact(config, observation, knowledge, victim, generator, scorer, frame, spaces)
     with frozen(victim.module):
         told = _told(config, victim, scorer, spaces, draw)
         spaces = _weighed_by(told, scorer, spaces)
-        found, verdicts, spent = _sought(config, victim, scorer, spaces, told, starts, weighed, generator, progress)
+        found, verdicts, spent = _sought(
+            config, victim, scorer, loud, spaces, told, starts, weighed, generator, progress
+        )
     details = {
         "labels": [one.label for one in found],
         "lengths": [len(one.tokens) for one in found],
@@ -141,6 +148,7 @@ def _sought(
     config: Config,
     victim: Victim,
     scorer: Scorer,
+    loud: tuple[Entry, ...],
     spaces: list[Space],
     told: Evidence | None,
     starts: list[Candidate | None],
@@ -167,18 +175,35 @@ def _sought(
             search = Search(aimed, space, config.shortlist, generator, prior, told)
             limit = budget / rounds
             begun = [one for one in found[i : i + 1] if one is not None]
-            # A third of the modules does not tell lengths apart.
-            upper = None if begun or len(space.lengths) > 1 else aimed.upper()
-            if upper is not None:
-                first = Search(upper, space, config.shortlist, generator, prior)
-                first.run(LOOK * limit, show)
-                begun = sorted(first.local or first.known, key=first.known.__getitem__, reverse=True)[:KEPT]
-                limit, spent = limit - upper.evaluations, spent + upper.evaluations
+            if not begun and len(space.lengths) == 1:  # a part of the modules does not tell lengths apart
+                begun = _first_look(aimed, loud, space, told, config, LOOK * limit, prior, generator, show)
             found[i] = search.run(limit, show, begun)
             if turn + 1 == rounds:
                 verdicts[i] = judge(aimed, search, space, config.risk, generator)
             spent += aimed.evaluations
     return [one for one in found if one is not None], [v for v in verdicts if v is not None], round(spent)
+
+
+def _first_look(
+    scorer: Scorer,
+    loud: tuple[Entry, ...],
+    space: Space,
+    told: Evidence | None,
+    config: Config,
+    limit: float,
+    prior: LogPrior | None,
+    generator: torch.Generator,
+    show: Callable[[Candidate], None],
+) -> list[Candidate]:
+    """Sentences to start from, found in a part of the release."""
+    part = scorer.part(loud) if loud else upper(scorer)
+    begun = relaxed(part, space, limit, generator) if loud and part else []
+    if part is not None and len(part.entries) < len(scorer.entries):
+        first = Search(part, space, config.shortlist, generator, prior, None if part.profiled else told)
+        first.run(limit, show, begun)
+        begun = sorted(first.local or first.known, key=first.known.__getitem__, reverse=True)[:KEPT]
+    scorer.evaluations += part.evaluations if part is not None else 0.0
+    return begun
 
 
 def _spaces(
@@ -216,12 +241,12 @@ def _told(
     if not scorer.noise:
         return None
     whole = replace(spaces[0], lengths=(max(max(space.lengths) for space in spaces),))
-    drawn = Search(scorer, whole, config.shortlist, generator, None).fresh(HEARD)
+    drawn = whole.drawn(HEARD, generator)
     length, frame = whole.lengths[0], whole.frame
     fixed = (*range(len(frame.first)), *range(length - len(frame.last), length))
     # Where the upper layers hold most of the signal, they say more. MiniLM, one sentence, all gradients, noise
     # multiplier 0.01: 3 of 7 words with layer 0's evidence and its price, 5 without; at 0.001 4 and 3 of 9.
-    return Evidence(victim, scorer, drawn, fixed, len(spaces[0].lengths) > 1 or scorer.upper() is None)
+    return Evidence(victim, scorer, drawn, fixed, len(spaces[0].lengths) > 1 or upper(scorer) is None)
 
 
 def _weighed_by(told: Evidence | None, scorer: Scorer, spaces: list[Space]) -> list[Space]:

@@ -228,7 +228,7 @@ def test_one_of_several_sentences_is_found_given_the_others():
     draw = torch.Generator().manual_seed(0)
     with frozen(victim.module):
         found, verdicts, _ = likelihood._sought(
-            config, victim, scorer, spaces, None, starts, None, draw, lambda text: None
+            config, victim, scorer, (), spaces, None, starts, None, draw, lambda text: None
         )
     assert [one.tokens for one in found] == rows
     assert all(verdict.signal for verdict in verdicts)

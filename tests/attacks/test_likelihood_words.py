@@ -10,6 +10,7 @@ from lmleak.attacks import _likelihood_deltas as deltas
 from lmleak.attacks import _likelihood_words as words
 from lmleak.attacks._likelihood_block import Block
 from lmleak.attacks._likelihood_moves import Moves, Space
+from lmleak.attacks._likelihood_parts import upper
 from lmleak.attacks._likelihood_score import Candidate, Scorer
 from lmleak.attacks._objective import frozen
 from lmleak.attacks._text import Frame
@@ -45,18 +46,18 @@ def test_a_first_look_takes_the_best_factor_of_the_clipping(victim):
     # Without the lower layers' part the upper ones hold nearly everything.
     scorer.targets = {e.name: t * (1.0 if e.layer in (None, 2) and e.component != "embedding" else 1e-3)
                       for e, t in zip(scorer.entries, scorer.targets.values(), strict=True)}  # fmt: skip
-    upper = scorer.upper()
-    assert upper is not None
-    assert all(e.layer is None or e.layer == 2 for e in upper.entries)
+    first = upper(scorer)
+    assert first is not None
+    assert all(e.layer is None or e.layer == 2 for e in first.entries)
     candidates = [Candidate(truth, 1), Candidate((11, 41, 90, 60, 12), 1)]
     with frozen(victim.module):
-        found, own = upper.scores(candidates), [scorer.total(one) for one in candidates]
+        found, own = first.scores(candidates), [scorer.total(one) for one in candidates]
     for parts, nats in zip(own, found, strict=True):
-        product = sum(float((scorer.targets[e.name] * parts[e.name]).sum()) for e in upper.entries)
-        square = sum(float(parts[e.name].square().sum()) for e in upper.entries)
+        product = sum(float((scorer.targets[e.name] * parts[e.name]).sum()) for e in first.entries)
+        square = sum(float(parts[e.name].square().sum()) for e in first.entries)
         best = max(f * product - 0.5 * f * f * square for f in torch.linspace(0, 2 * product / square, 2001).tolist())
         assert nats * 1e-6 == pytest.approx(best, rel=1e-5)
-    assert upper.evaluations < len(candidates)
+    assert first.evaluations < len(candidates)
 
 
 def test_a_words_evidence_is_the_ratio_of_two_gaussians():
