@@ -100,7 +100,13 @@ class Moves:
         return self.kept[key]
 
     def of(
-        self, at: Candidate, slope: Slope, pool: list[int], known: Mapping[Candidate, float], quick: bool
+        self,
+        at: Candidate,
+        slope: Slope,
+        pool: list[int],
+        given: list[int],
+        known: Mapping[Candidate, float],
+        quick: bool,
     ) -> Iterable[list[Candidate]]:
         """Changes worth scoring, in the order in which they are asked for.
 
@@ -111,10 +117,11 @@ class Moves:
             at: the sentence.
             slope: of the score there.
             pool: words of other sentences.
+            given: words of the sentences started from. The slope ranks the true one among these better than among all.
             known: every sentence scored, as it is by the time that it is asked for.
             quick: few words at every position, and orders.
         """
-        pool, wide = pool[:POOL], REORDERED * self.wide
+        wide = REORDERED * self.wide
         free = self.free(at.tokens)
         gain = slope.gain.masked_fill(~self.allowed, -torch.inf)[free.start : free.stop]
         top = gain.topk(min(self.widths[-1], len(self.space.words)), -1)
@@ -139,7 +146,8 @@ class Moves:
             if not tried:
                 orders = self._estimated(at, slope, [*self._reordered(at)], wide // 2)
                 exchanged = self._estimated(at, slope, [*self._exchanged(at, top.indices[:, :4], pool)], wide // 2)
-                yield changed + orders + exchanged
+                others = self._estimated(at, slope, [self._put(at, i, w) for i in free for w in given], wide // 2)
+                yield changed + others + orders + exchanged
                 yield self._estimated(at, slope, [*self._reordered(at), *self._carried(at)], 4 * wide)
                 yield [self._put(at, i, word) for i in free for word in self._near(at.tokens[i])]
                 if self.wide > 1:

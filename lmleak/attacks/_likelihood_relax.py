@@ -3,7 +3,7 @@
 A sentence that is wrong in most places says little of the right words: the score's slope there ranks them 900th to
 10,000th. A mixture of all words does: MiniLM, layer 0, noise multiplier 0.003, 20 steps of 8 restarts end with 9 and 10
 of 10 words among their likeliest, mostly one place off. Begun again over these words, with half of the best sentence
-kept, they find most places too. What is descended on is `Distributions`, see `_subspace_relax`.
+kept, they find some of the places too. What is descended on is `Distributions`, see `_subspace_relax`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lmleak.attacks._likelihood_moves import Space
 from lmleak.attacks._likelihood_score import Candidate, Scorer
 from lmleak.attacks._subspace_relax import Distributions
 
-ROUNDS, RESTARTS, STEPS = 3, 8, 20
+ROUNDS, RESTARTS, STEPS = 2, 8, 20
 PRICE = (3 * STEPS + 1) * RESTARTS  #: evaluations of a round
 RATE = 0.6  #: step of the log-probabilities, in standard deviations of the gradient over the vocabulary
 START = 1.0  #: what they vary by at first

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from lmleak.attacks._likelihood_blanks import Blanks
-from lmleak.attacks._likelihood_moves import Moves, Space
+from lmleak.attacks._likelihood_moves import POOL, Moves, Space
 from lmleak.attacks._likelihood_score import Candidate, Scorer
 from lmleak.attacks._likelihood_words import Evidence
 
@@ -145,10 +145,11 @@ class Search:
     def _ascend(self, at: Candidate, limit: float, quick: bool = False) -> Candidate:
         """The local optimum that single changes lead to; `quick` tries few words at every position, and orders."""
         self.score([at])
+        given = self._words(self.others)[:POOL]
         while self.scorer.evaluations < limit:
             slope = self.scorer.slope(at)
             better, asked = at, False
-            for turn, changes in enumerate(self.moves.of(at, slope, self._pool(), self.known, quick)):
+            for turn, changes in enumerate(self.moves.of(at, slope, self._pool(), given, self.known, quick)):
                 better = self._better(at, changes)
                 if self.blanks and better == at and not quick and turn == ORDERED and at not in self.opened:
                     self.opened.add(at)
@@ -197,4 +198,7 @@ class Search:
     def _pool(self) -> list[int]:
         """Words of the local optima, the best sentence's first."""
         ranked = sorted(self.local, key=self.known.__getitem__, reverse=True)
-        return list(dict.fromkeys(c.tokens[i] for c in (*ranked, *self.others) for i in self.moves.free(c.tokens)))
+        return self._words([*ranked, *self.others])[:POOL]
+
+    def _words(self, some: Sequence[Candidate]) -> list[int]:
+        return list(dict.fromkeys(c.tokens[i] for c in some for i in self.moves.free(c.tokens)))
