@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from lmleak.attacks._blanks import filled
@@ -53,16 +52,13 @@ class Likelihood:
         return -self.scorer.blank(self._candidates(rows), filling, slopes=True)
 
     def words(self, places: Tensor) -> Distributions:
-        """Half by how common words are, half by what the release itself says of them at each place.
+        """See `_blanks.Asked`: by how common words are, everywhere the same.
 
-        Evidence alone is sure of words at places where they do not stand.
+        What the release itself says of words at places is sure of some where they do not stand, and a blank that begins
+        at one word is no blank: MiniLM, layer 0, six cells, 4 found with half of it and 6 without.
         """
-        kinds = [self.space.common] if self.space.common is not None else []
-        rows = []
-        for place in places.tolist():
-            weights = [w / w.sum() for w in (*kinds, self.space.at(place))]
-            rows.append(torch.stack(weights).mean(0))
-        return self.held.told(torch.stack(rows).log().to(self.held.table))
+        weights = self.space.weights if self.space.common is None else self.space.common
+        return self.held.told((weights / weights.sum()).log()[None].to(self.held.table))
 
     def _candidates(self, rows: Tensor) -> Sequence[Candidate]:
         return [Candidate(tuple(row), self.label) for row in rows.tolist()]

@@ -43,7 +43,7 @@ def relaxed(scorer: Scorer, space: Space, limit: float, generator: torch.Generat
     table = scorer.table
     # Mixtures have shorter gradients than words: how long they are is not held against them.
     asked = Likelihood(scorer.profile(), Distributions(table, space.words.to(table.device)), space, label)
-    held, out = asked.words(places), list[Candidate]()
+    held, out = asked.held.told(_usual(space, places).to(table)), list[Candidate]()
     best: tuple[float, Candidate] | None = None
     for _ in range(min(ROUNDS, int(limit / PRICE))):
         noise = torch.randn(RESTARTS, len(places), table.shape[1], generator=generator).to(table)
@@ -70,6 +70,13 @@ def _descended(asked: Likelihood, held: Distributions, pull: Tensor, rows: Tenso
         steep = asked.slopes(rows, held.mean(pull).flatten(0, 1)).view_as(pull)
         pull = pull + RATE * steep / held.spread(steep)
     return held.likeliest(pull, AGAIN)
+
+
+def _usual(space: Space, places: Tensor) -> Tensor:
+    """Log-probabilities [p, words]: half by how common words are, half by what the release itself says of places."""
+    kinds = [space.common] if space.common is not None else []
+    each = [torch.stack([w / w.sum() for w in (*kinds, space.at(place))]).mean(0) for place in places.tolist()]
+    return torch.stack(each).log()
 
 
 def _label(scorer: Scorer, space: Space, generator: torch.Generator) -> int:

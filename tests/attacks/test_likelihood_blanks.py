@@ -73,16 +73,16 @@ def test_the_missing_word_of_a_shifted_sentence_is_filled_in(make):
     assert scorer.evaluations <= 4 + 4 * SURPLUS + 12 * BLANKS
 
 
-def test_evidence_by_place_and_common_words_have_half_of_a_blank_each(make):
+def test_blanks_begin_with_common_words_whatever_is_said_of_the_place(make):
     victim = make("bert")
     scorer = scorer_of(victim)
     words = torch.arange(30, 100)
     weights = torch.ones(6, len(words))
     weights[2, 5] = 1e6
-    space = Space(words, weights, Frame((), ()), (6,), (1,), common=torch.ones(len(words)))
+    common = 1.0 + torch.arange(len(words))
+    space = Space(words, weights, Frame((), ()), (6,), (1,), common=common)
     with frozen(victim.module):
         held = Blanks(scorer, space).asked(space, 1).words(torch.tensor([2, 3]))
-    shares = held.prior.exp()
-    assert float(shares[0, 5]) == pytest.approx(0.5, abs=0.01)
-    assert float(shares[0].sum()) == pytest.approx(1.0)
-    assert shares[1].tolist() == pytest.approx([1 / len(words)] * len(words))
+        start = held.mean(torch.zeros(1, 2, scorer.table.shape[1], dtype=torch.float64))[0]
+    expected = (common / common.sum()).double() @ scorer.table[words]
+    torch.testing.assert_close(start, expected.expand(2, -1), rtol=1e-6, atol=1e-8)

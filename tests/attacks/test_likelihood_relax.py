@@ -11,7 +11,7 @@ from lmleak import observe, select
 from lmleak.attacks._blanks import OPEN
 from lmleak.attacks._likelihood_moves import Space
 from lmleak.attacks._likelihood_parts import DRAWN, LOUD, lower
-from lmleak.attacks._likelihood_relax import PRICE, RESTARTS, relaxed
+from lmleak.attacks._likelihood_relax import PRICE, RESTARTS, _usual, relaxed
 from lmleak.attacks._likelihood_score import Candidate, Scorer
 from lmleak.attacks._objective import frozen
 from lmleak.attacks._text import Frame
@@ -111,3 +111,13 @@ def test_a_relaxation_ends_with_the_sentences_words(make, labels):
     best = max(found, key=lambda one: len(Counter(one.tokens[1:-1]) & Counter(TRUTH[1:-1])))
     # Chance has one word of five in place once in three sentences.
     assert len(set(best.tokens[1:-1]) & set(TRUTH[1:-1])) >= 4, (best, TRUTH)
+
+
+def test_a_relaxation_begins_half_with_common_words_and_half_with_what_is_said_of_a_place():
+    weights = torch.ones(len(TRUTH), len(WORDS))
+    weights[2, 5] = 1e6
+    space = Space(WORDS, weights, Frame((11,), (12,)), (len(TRUTH),), (1,), common=torch.ones(len(WORDS)))
+    shares = _usual(space, torch.tensor([2, 3])).exp()
+    assert float(shares[0, 5]) == pytest.approx(0.5, abs=0.01)
+    assert float(shares[0].sum()) == pytest.approx(1.0)
+    assert shares[1].tolist() == pytest.approx([1 / len(WORDS)] * len(WORDS))
