@@ -75,7 +75,9 @@ def attack(
     generator: torch.Generator,
     progress: Callable[[str], None],
 ) -> Reconstruction:
-    """Ascends the likelihood from fresh starts; several sentences one after another, each given the others.
+    """Ascends the likelihood; several sentences one after another, each given the others.
+
+    It starts where mixtures of words lead, if the lowest layers rise above the noise, else from drawn sentences.
 
     `details` per sentence: `gap` (nats to the best rival scored), `gain` over the best of sentences drawn without the
     gradient and the `bound` that it has to exceed, `worth` (nats that each token adds over drawn ones), `fit` (standard
