@@ -11,7 +11,7 @@ UPPER = 0.7  #: share of the gradient's energy that the upper layers must hold f
 CHEAP = 0.35  #: cost of a sentence where only the upper layers are looked at: MiniLM 3.3 of 9.5 ms
 #: Standard deviations of the noise by which the gradient of a layer stands out for mixtures of words to be led by it.
 #: MiniLM, layer 0, a relaxation of 480 evaluations: at 59 and more it ends with 9 or 10 of 10 words in its restarts'
-#: sentences, at 25 it fits the noise better than the truth does and has three.
+#: sentences, at 25 it fits the noise better than the truth does and has hardly more than it began with.
 LOUD = 40.0
 DRAWN = 8  #: sentences that say so
 

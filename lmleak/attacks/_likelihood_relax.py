@@ -8,8 +8,6 @@ kept, they find some of the places too. What is descended on is `Distributions`,
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -17,14 +15,13 @@ from lmleak.attacks._blanks import OPEN
 from lmleak.attacks._likelihood_blanks import Likelihood
 from lmleak.attacks._likelihood_moves import Space
 from lmleak.attacks._likelihood_score import Candidate, Scorer
-from lmleak.attacks._subspace_relax import Distributions
+from lmleak.attacks._subspace_relax import Distributions, descent, favoured
 
 ROUNDS, RESTARTS, STEPS = 2, 8, 20
 PRICE = (3 * STEPS + 1) * RESTARTS  #: evaluations of a round
 RATE = 0.6  #: step of the log-probabilities, in standard deviations of the gradient over the vocabulary
 START = 1.0  #: what they vary by at first
 DRAWN = 8  #: drawn sentences of every label that say which it is
-PRUNED = {6: 2000, 12: 200}  #: words of every place that are kept from a step on
 AGAIN = 4  #: words of every place and restart that the next round is over
 TRUST = 0.6  #: share of the best sentence's words that half of its restarts begin with
 
@@ -45,9 +42,14 @@ def relaxed(scorer: Scorer, space: Space, limit: float, generator: torch.Generat
     asked = Likelihood(scorer.profile(), Distributions(table, space.words.to(table.device)), space, label)
     held, out = asked.held.told(_usual(space, places).to(table)), list[Candidate]()
     best: tuple[float, Candidate] | None = None
+
+    def steep(step: int, mean: Tensor) -> Tensor:
+        return asked.slopes(rows, mean.flatten(0, 1)).view_as(mean)
+
     for _ in range(min(ROUNDS, int(limit / PRICE))):
         noise = torch.randn(RESTARTS, len(places), table.shape[1], generator=generator).to(table)
-        words = _descended(asked, held, START * held.drawn(noise), rows)
+        *_, (held, pull) = descent(held, START * held.drawn(noise), steep, STEPS, RATE)
+        words = held.likeliest(pull, AGAIN)
         ends = [Candidate((*first, *row, *last), label) for row in words[..., 0].tolist()]
         ranked = sorted(zip(scorer.scores(ends), ends, strict=True), key=lambda pair: pair[0], reverse=True)
         best = max([ranked[0], *([best] if best else [])], key=lambda pair: pair[0])
@@ -56,20 +58,9 @@ def relaxed(scorer: Scorer, space: Space, limit: float, generator: torch.Generat
         kept = torch.rand(RESTARTS, len(places), generator=generator).to(table) < TRUST
         kept[: RESTARTS // 2] = False
         own = torch.tensor(best[1].tokens, device=table.device)[places.to(table.device)]
-        # As likely as all other words together, twice over.
-        held = Distributions(table, among, hint=own, bonus=kept * (math.log(len(among)) + 1.5))
+        held = Distributions(table, among, hint=own, bonus=favoured(kept, among))
     scorer.evaluations += asked.scorer.evaluations
     return list(dict.fromkeys(out))
-
-
-def _descended(asked: Likelihood, held: Distributions, pull: Tensor, rows: Tensor) -> Tensor:
-    """The likeliest words after the last step, [k, free, m]."""
-    for step in range(STEPS):
-        if step in PRUNED:
-            held = held.pruned(pull, PRUNED[step])
-        steep = asked.slopes(rows, held.mean(pull).flatten(0, 1)).view_as(pull)
-        pull = pull + RATE * steep / held.spread(steep)
-    return held.likeliest(pull, AGAIN)
 
 
 def _usual(space: Space, places: Tensor) -> Tensor:

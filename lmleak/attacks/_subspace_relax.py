@@ -141,6 +141,29 @@ class Pool:
         return self.tokens[..., :each].transpose(0, 1).flatten(1)
 
 
+def favoured(kept: Tensor, words: Tensor) -> Tensor:
+    """What hints gain where they are kept: as likely as all other words together, twice over."""
+    return kept * (math.log(len(words)) + 1.5)
+
+
+def descent(
+    held: Distributions, pull: Tensor, steep: Callable[[int, Tensor], Tensor], steps: int, rate: float
+) -> Iterator[tuple[Distributions, Tensor]]:
+    """Mirror descent, step by step: what is held, and the pulls.
+
+    Args:
+        steep: gradient by the mean embeddings [k, free, d] at a step.
+        rate: step of the log-probabilities, in standard deviations of the gradient over the vocabulary.
+    """
+    for step in range(steps):
+        # Tokens of no weight anywhere leave: the products with the table then cost nothing beside the model.
+        if step in (steps * 3 // 10, steps * 6 // 10):
+            held = held.pruned(pull, 2000 if step < steps // 2 else 200)
+        slopes = steep(step, held.mean(pull))
+        pull = pull + rate * slopes / held.spread(slopes)
+        yield held, pull
+
+
 def framed(body: Tensor, frame: Frame) -> Tensor:
     """Special tokens around token sequences [k, free]."""
     first = torch.tensor(frame.first, dtype=torch.long, device=body.device).expand(len(body), -1)
@@ -175,20 +198,18 @@ def relax(
     if hint is not None and trust is not None:
         kept = torch.rand(k, free, generator=generator).to(table) < trust
         kept[: k // 2] = False
-        # As likely as all other words together, twice over.
-        bonus = kept * (math.log(len(words)) + 1.5)
+        bonus = favoured(kept, words)
     held = Distributions(table, words, prior, hint, bonus)
     pull = START * held.drawn(noise)
     # Easy modules (queries) are slowed by a ridge, hard ones (attention outputs, deep) never found without.
     ridges = schedule.floor * (schedule.ridge / schedule.floor) ** torch.linspace(1, 0, k).to(table)
-    for step in range(schedule.steps):
-        # Tokens of no weight anywhere leave: the products with the table then cost nothing beside the model.
-        if step in (schedule.steps * 3 // 10, schedule.steps * 6 // 10):
-            held = held.pruned(pull, 2000 if step < schedule.steps // 2 else 200)
-        embeds = torch.cat([fixed[:, :start], held.mean(pull), fixed[:, stop:]], 1)
+
+    def steep(step: int, mean: Tensor) -> Tensor:
+        embeds = torch.cat([fixed[:, :start], mean, fixed[:, stop:]], 1)
         ridge = (ridges * (1 - 1.2 * step / schedule.steps)).clamp_min(schedule.floor)
-        steep = slope(energy, embeds, ridge)[:, start:stop]
-        pull = pull + schedule.rate * steep / held.spread(steep)
+        return slope(energy, embeds, ridge)[:, start:stop]
+
+    for step, (held, pull) in enumerate(descent(held, pull, steep, schedule.steps, schedule.rate)):  # noqa: B020
         if step % 5 == 4 and 2 * step > schedule.steps and done(Pool(held.likeliest(pull, 1)).sentences(frame)):
             break
     return Pool(held.likeliest(pull, HELD))

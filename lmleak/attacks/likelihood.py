@@ -38,7 +38,7 @@ Positive = Annotated[int, Field(gt=0)]
 
 ROUNDS = 4  #: how often each of several sentences is sought, given the others
 CLEAR = 2.0  #: a matrix whose energy is this many times its noise's is clean enough for the exact attacks
-LOOK = 0.6  #: share of the budget spent on the upper layers alone, where they hold most of the signal
+LOOK = 0.6  #: share of the budget spent on the lowest layers alone, or on the upper ones
 HEARD = 48  #: drawn sentences that say how large output gradients are
 KEPT = 6  #: best sentences of the first look that the whole release is asked about
 #: An easy case, for the contract tests.
@@ -199,12 +199,14 @@ def _first_look(
 ) -> list[Candidate]:
     """Sentences to start from, found in a part of the release."""
     part = scorer.part(loud) if loud else upper(scorer)
-    begun = relaxed(part, space, limit, generator) if loud and part else []
-    if part is not None and len(part.entries) < len(scorer.entries):
+    if part is None:
+        return []
+    begun = relaxed(part, space, limit, generator) if loud else []
+    if len(part.entries) < len(scorer.entries):
         first = Search(part, space, config.shortlist, generator, prior, None if part.profiled else told)
         first.run(limit, show, begun)
         begun = sorted(first.local or first.known, key=first.known.__getitem__, reverse=True)[:KEPT]
-    scorer.evaluations += part.evaluations if part is not None else 0.0
+    scorer.evaluations += part.evaluations
     return begun
 
 
