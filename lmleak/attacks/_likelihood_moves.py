@@ -141,14 +141,14 @@ class Moves:
             changed = [one for pair in zip_longest(changed, usual) for one in pair if one is not None and one != at]
             if quick:
                 yield changed
-                yield self._estimated(at, slope, [*self._reordered(at)], wide // 2)
+                yield self._estimated(at, slope, [*self.reordered(at)], wide // 2)
                 return
             if not tried:
-                orders = self._estimated(at, slope, [*self._reordered(at)], wide // 2)
+                orders = self._estimated(at, slope, [*self.reordered(at)], wide // 2)
                 exchanged = self._estimated(at, slope, [*self._exchanged(at, top.indices[:, :4], pool)], wide // 2)
                 others = self._estimated(at, slope, [self._put(at, i, w) for i in free for w in given], wide // 2)
                 yield changed + others + orders + exchanged
-                yield self._estimated(at, slope, [*self._reordered(at), *self._carried(at)], 4 * wide)
+                yield self._estimated(at, slope, [*self.reordered(at), *self.carried(at)], 4 * wide)
                 yield [self._put(at, i, word) for i in free for word in self._near(at.tokens[i])]
                 if self.wide > 1:
                     yield from self._shifted(at, top.indices)
@@ -230,7 +230,8 @@ class Moves:
         best = self.space.words[guess.topk(min(GUESSED, len(guess))).indices.to(self.space.words.device)].tolist()
         return [self._put(at, place, word) for word in best]
 
-    def _reordered(self, at: Candidate) -> Iterable[Candidate]:
+    def reordered(self, at: Candidate) -> Iterable[Candidate]:
+        """Two words swapped, or one moved."""
         free = self.free(at.tokens)
         for i in free:
             for j in free:
@@ -243,7 +244,7 @@ class Moves:
                     other.insert(j, other.pop(i))
                     yield replace(at, tokens=tuple(other))
 
-    def _carried(self, at: Candidate) -> Iterable[Candidate]:
+    def carried(self, at: Candidate) -> Iterable[Candidate]:
         """Several words in a row moved together: "the curtains moved a gentle wind all afternoon"."""
         free = self.free(at.tokens)
         for first in free:

@@ -7,12 +7,13 @@ Starts that perturb the best sentence find it again; fresh ones, whose words are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from lmleak.attacks._likelihood_blanks import Blanks
+from lmleak.attacks._likelihood_held import held
 from lmleak.attacks._likelihood_moves import POOL, Moves, Space
 from lmleak.attacks._likelihood_score import Candidate, Scorer
 from lmleak.attacks._likelihood_words import Evidence
@@ -48,6 +49,7 @@ class Search:
         # Not where the token table is observed, whose rows name the words: there, and in the first look before it, four
         # of eight cells ended with fewer words in place for what blanks cost, one with more.
         self.blanks = None if scorer.profiled or scorer.rows() is not None else Blanks(scorer, space)
+        self.held = None if scorer.profiled else held(scorer, space)
         self.opened: set[Candidate] = set()  #: sentences whose words were left out in turn
         self.likely: tuple[int, ...] = ()  #: lengths that fresh sentences have
         self.known: dict[Candidate, float] = {}
@@ -147,22 +149,44 @@ class Search:
         self.score([at])
         given = self._words(self.others)[:POOL]
         while self.scorer.evaluations < limit:
-            slope = self.scorer.slope(at)
             better, asked = at, False
-            for turn, changes in enumerate(self.moves.of(at, slope, self._pool(), given, self.known, quick)):
+            for changes in self._led(at) if self.held is not None and not quick else ():
                 better = self._better(at, changes)
-                if self.blanks and better == at and not quick and turn == ORDERED and at not in self.opened:
-                    self.opened.add(at)
-                    better = self._better(at, self.blanks.of(at, self.space, self.moves.free(at.tokens)))
-                # Before many words are tried at every place, the release is asked about these around the others.
-                asked = better == at and not quick and turn == ORDERED and self._ask(at, limit)
-                if better != at or asked or self.scorer.evaluations >= limit:
+                if better != at or self.scorer.evaluations >= limit:
                     break
+            if better == at and self.scorer.evaluations < limit:
+                better, asked = self._tried(at, given, limit, quick)
             if better == at and not asked:
                 self.local[at] = None
                 break
             at = better
         return at
+
+    def _led(self, at: Candidate) -> Iterator[list[Candidate]]:
+        """Changes that layer 0's own matrices put first, a few and then many, and between them blanks."""
+        if self.held is None:
+            return
+        around = self.held.around(at)
+        yield self.held.changes(around, self.space, self.moves, self._pool())
+        if self.blanks and at not in self.opened:
+            self.opened.add(at)
+            yield self.blanks.of(at, self.space, self.moves.free(at.tokens))
+        yield self.held.more(around, self.space, self.moves)
+
+    def _tried(self, at: Candidate, given: list[int], limit: float, quick: bool) -> tuple[Candidate, bool]:
+        """The best of the changes that the slope puts first; and whether the release was asked around the sentence."""
+        slope = self.scorer.slope(at)
+        better, asked = at, False
+        for turn, changes in enumerate(self.moves.of(at, slope, self._pool(), given, self.known, quick)):
+            better = self._better(at, changes)
+            if self.blanks and better == at and not quick and turn == ORDERED and at not in self.opened:
+                self.opened.add(at)
+                better = self._better(at, self.blanks.of(at, self.space, self.moves.free(at.tokens)))
+            # Before many words are tried at every place, the release is asked about these around the others.
+            asked = better == at and not quick and turn == ORDERED and self._ask(at, limit)
+            if better != at or asked or self.scorer.evaluations >= limit:
+                break
+        return better, asked
 
     def _ask(self, at: Candidate, limit: float) -> bool:
         """Takes up what the release says of words around this sentence; whether it was asked now."""

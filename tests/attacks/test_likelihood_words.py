@@ -185,7 +185,7 @@ def test_words_in_a_row_move_together(victim):
     space = Space(torch.arange(13, 200), torch.ones(187), Frame((11,), (12,)), (7,), (1,))
     moves = Moves(space, victim.module.get_input_embeddings().weight.detach(), 4, 1)
     at = Candidate((11, 21, 22, 23, 24, 25, 12), 1)
-    found = [one.tokens for one in moves._carried(at)]
+    found = [one.tokens for one in moves.carried(at)]
     assert (11, 23, 24, 25, 21, 22, 12) in found
     assert (11, 21, 24, 25, 22, 23, 12) in found
     assert len(set(found)) == len(found)
