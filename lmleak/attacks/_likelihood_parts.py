@@ -45,7 +45,7 @@ def upper(scorer: Scorer) -> Scorer | None:
     mechanism = scorer.mechanism
     if mechanism is None or mechanism.max_grad_norm is None or mechanism.scope == "per_layer" or scorer.batch > 1:
         return None
-    signal = {e.name: _signal(scorer, e) for e in scorer.entries}
+    signal = {e.name: beyond_noise(scorer, e) for e in scorer.entries}
     layers = [e.layer for e in scorer.entries if e.layer is not None]
     first = 2 * (max(layers, default=0) + 1) / 3
     place = {e.name: i for i, e in enumerate(scorer.entries)}
@@ -63,7 +63,7 @@ def upper(scorer: Scorer) -> Scorer | None:
     return other
 
 
-def _signal(scorer: Scorer, entry: Entry) -> float:
+def beyond_noise(scorer: Scorer, entry: Entry) -> float:
     """Energy of an entry's gradient beyond what its noise has, once in a thousand."""
     noise = (entry.numel + 3.0 * (2.0 * entry.numel) ** 0.5) * scorer.noise**2
     return max(0.0, float(scorer.targets[entry.name].double().square().sum()) - noise)

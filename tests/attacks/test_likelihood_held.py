@@ -143,8 +143,16 @@ def test_new_words_take_the_places_left():
     assert [stood(AT, row) for row in OTHERS] == [list(places) for places in STOOD]
 
 
-def test_nothing_is_held_where_layer_0_is_not_seen(make):
+def test_nothing_is_held_where_layer_0_is_not_seen_or_the_rest_says_more(make):
     scorer = scorer_of(make("bert"), scope="selection", layers=[1])
+    assert held(scorer, space_of()) is None
+    scorer = scorer_of(make("bert"), scope="selection", layers=[0, 1])
+    low = [e for e in scorer.entries if e.layer == 0]
+    for name in (e.name for e in low):
+        scorer.targets[name].mul_(100)
+    assert held(scorer, space_of()) is not None
+    for name in (e.name for e in low):
+        scorer.targets[name].mul_(1e-6)
     assert held(scorer, space_of()) is None
 
 
