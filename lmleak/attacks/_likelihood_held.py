@@ -57,9 +57,8 @@ def held(scorer: Scorer, space: Space) -> Held | None:
     if found is None:
         return None
     rest = [e for e in scorer.entries if e.layer != 0]
-    if sum(beyond_noise(scorer, e) for e in rest) > sum(
-        beyond_noise(scorer, e) for e in scorer.entries if e.layer == 0
-    ):
+    told = sum(beyond_noise(scorer, e) for e in scorer.entries if e.layer == 0)
+    if rest and sum(beyond_noise(scorer, e) for e in rest) >= told:
         return None
     return Held(scorer, space.words, entries, found.group())
 

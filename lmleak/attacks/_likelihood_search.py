@@ -1,7 +1,8 @@
 """Search for the sentence of highest likelihood: coordinate ascent over tokens from fresh starts, a population kept.
 
-`_likelihood_moves` says which changes of a sentence are worth scoring; here they are scored, and the helpful ones made.
-Starts that perturb the best sentence find it again; fresh ones, whose words are kept, do not.
+`_likelihood_moves` says which changes of a sentence are worth scoring, and `_likelihood_held` which of them first where
+layer 0 is seen; here they are scored, and the helpful ones made. Starts that perturb the best sentence find
+it again; fresh ones, whose words are kept, do not.
 """
 
 from __future__ import annotations

@@ -154,6 +154,9 @@ def test_nothing_is_held_where_layer_0_is_not_seen_or_the_rest_says_more(make):
     for name in (e.name for e in low):
         scorer.targets[name].mul_(1e-6)
     assert held(scorer, space_of()) is None
+    scorer.noise = 1e3  # neither says anything
+    assert held(scorer, space_of()) is None
+    assert held(scorer.part(low), space_of()) is not None
 
 
 def test_the_true_order_comes_first_and_the_true_word_among_the_first(minilm):
