@@ -42,7 +42,12 @@ class Search:
         generator: torch.Generator,
         prior: LogPrior | None,
         evidence: Evidence | None = None,
+        led: bool = False,
     ):
+        """
+        Args:
+            led: whether layer 0 rises above the noise, so that its matrices say which changes come first.
+        """
         self.scorer, self.space, self.generator, self.prior = scorer, space, generator, prior
         self.evidence = evidence
         self.asked: float | None = None  #: score of the last sentence around which the release was asked
@@ -50,7 +55,7 @@ class Search:
         # Not where the token table is observed, whose rows name the words: there, and in the first look before it, four
         # of eight cells ended with fewer words in place for what blanks cost, one with more.
         self.blanks = None if scorer.profiled or scorer.rows() is not None else Blanks(scorer, space)
-        self.held = None if scorer.profiled else held(scorer, space)
+        self.held = held(scorer, space) if led and not scorer.profiled else None
         self.opened: set[Candidate] = set()  #: sentences whose words were left out in turn
         self.likely: tuple[int, ...] = ()  #: lengths that fresh sentences have
         self.known: dict[Candidate, float] = {}

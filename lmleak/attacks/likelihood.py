@@ -174,7 +174,7 @@ def _sought(
                 if j != i and other is not None:
                     rest = {name: rest[name] - part for name, part in scorer.total(other).items()}
             aimed = scorer.aimed(rest, scorer.noise)
-            search = Search(aimed, space, config.shortlist, generator, prior, told)
+            search = Search(aimed, space, config.shortlist, generator, prior, told, led=bool(loud))
             limit = budget / rounds
             begun = [one for one in found[i : i + 1] if one is not None]
             if not begun and len(space.lengths) == 1:  # a part of the modules does not tell lengths apart
@@ -203,7 +203,8 @@ def _first_look(
         return []
     begun = relaxed(part, space, limit, generator) if loud else []
     if len(part.entries) < len(scorer.entries):
-        first = Search(part, space, config.shortlist, generator, prior, None if part.profiled else told)
+        evidence = None if part.profiled else told
+        first = Search(part, space, config.shortlist, generator, prior, evidence, led=bool(loud))
         first.run(limit, show, begun)
         begun = sorted(first.local or first.known, key=first.known.__getitem__, reverse=True)[:KEPT]
     scorer.evaluations += part.evaluations
