@@ -86,7 +86,7 @@ class Held:
         ids = torch.tensor([at.tokens], device=scorer.table.device)
         labels = ids if scorer.victim.task == "causal-lm" else torch.tensor([at.label], device=ids.device)
         with capture(module, self.entries) as tape, self._seen() as seen:
-            losses = model_losses(module, self._given(ids), labels, scorer.victim.task, "sum")
+            losses = model_losses(module, scorer.inputs(ids), labels, scorer.victim.task, "sum")
             (deltas,) = torch.autograd.grad(losses.sum(), seen, retain_graph=True)
             factors = tape.factors(losses)
         scorer.evaluations += AROUND
@@ -102,7 +102,7 @@ class Held:
             places = torch.tensor([stood(around.at.tokens, row) for row in rows], device=around.deltas.device)
             with capture(module, self.entries) as tape:
                 with self._seen(last=True) as seen, suppress(Reached):
-                    module(**self._given(torch.tensor(rows, device=around.deltas.device)))
+                    module(**self.scorer.inputs(torch.tensor(rows, device=around.deltas.device)))
                 factors = tape.factors((seen[0] * around.deltas[places]).sum((1, 2)))
             with torch.no_grad():
                 out.append(self._scaled(*self._measured(factors)))
@@ -181,10 +181,6 @@ class Held:
     def _scaled(self, product: Tensor, square: Tensor) -> Tensor:
         """Nats where the factor of the clipping is whatever suits best."""
         return self.scorer.nats(0.5 * product.clamp_min(0).square() / square.clamp_min(1e-24))
-
-    def _given(self, ids: Tensor) -> dict[str, Tensor]:
-        places = torch.arange(ids.shape[1], device=ids.device) + self.scorer.offset
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": places.expand(len(ids), -1)}
 
     @contextmanager
     def _seen(self, last: bool = False) -> Iterator[list[Tensor]]:

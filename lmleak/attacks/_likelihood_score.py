@@ -198,6 +198,11 @@ class Scorer:
                 for e in self.entries
             }
 
+    def inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        """The model's, for sentences of one length [k, t]."""
+        places = torch.arange(ids.shape[1], device=ids.device) + self.offset
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": places.expand(len(ids), -1)}
+
     def _factors(
         self,
         candidates: Sequence[Candidate],
@@ -215,12 +220,6 @@ class Scorer:
         blank = ids == OPEN
         ids = ids.clamp_min(0)
         self.evaluations += self.price * len(ids)
-        places = torch.arange(ids.shape[1], device=device) + self.offset
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "position_ids": places.expand(len(ids), -1),
-        }
         labels = ids.masked_fill(blank, -100)
         if self.victim.task == "sequence-classification":
             labels = torch.tensor([one.label for one in candidates], device=device)
@@ -229,7 +228,7 @@ class Scorer:
             filled_in(owner, blank, filling),
             capture(self.victim.module, self.captured if table else self.entries) as tape,
         ):
-            losses = model_losses(self.victim.module, inputs, labels, self.victim.task, "sum")
+            losses = model_losses(self.victim.module, self.inputs(ids), labels, self.victim.task, "sum")
         if not table:
             return tape.factors(losses), ids
         calls = tape.calls[self.captured[-1].parameter]

@@ -156,7 +156,7 @@ class Search:
         given = self._words(self.others)[:POOL]
         while self.scorer.evaluations < limit:
             better, asked = at, False
-            for changes in self._led(at) if self.held is not None and not quick else ():
+            for changes in () if quick else self._led(at):
                 better = self._better(at, changes)
                 if better != at or self.scorer.evaluations >= limit:
                     break
