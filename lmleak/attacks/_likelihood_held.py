@@ -9,13 +9,12 @@ ranked 0 to 5 (by the slope 18 to 340), of 265 orders of the words the true one 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from lmleak.attacks._applicability import ATTENTION
 from lmleak.attacks._energy import Reached
@@ -60,7 +59,7 @@ def held(scorer: Scorer, space: Space) -> Held | None:
     told = sum(beyond_noise(scorer, e) for e in scorer.entries if e.layer == 0)
     if rest and sum(beyond_noise(scorer, e) for e in rest) >= told:
         return None
-    return Held(scorer, space.words, entries, found.group())
+    return Held(scorer, space, entries, found.group())
 
 
 class Held:
@@ -68,17 +67,19 @@ class Held:
 
     Args:
         scorer: of it; evaluations are counted there.
-        words: of the space.
+        space: what the sentence may be.
         entries: of layer 0.
         block: name of the layer.
     """
 
-    def __init__(self, scorer: Scorer, words: Tensor, entries: Sequence[Entry], block: str):
-        self.scorer, self.words, self.entries = scorer, words, entries
+    def __init__(self, scorer: Scorer, space: Space, entries: Sequence[Entry], block: str):
+        self.scorer, self.words, self.entries = scorer, space.words, entries
+        common = space.weights if space.common is None else space.common
+        self.prior = common.clamp_min(1e-12).log().to(scorer.table)
         self.block = scorer.victim.module.get_submodule(block)
         layer = known_input(scorer.victim)
         self.read = [e for e in entries if e.component in ATTENTION] if layer is not None else []
-        self.inputs = Inputs(layer, words) if layer is not None and self.read else None
+        self.inputs = Inputs(layer, space.words) if layer is not None and self.read else None
 
     def around(self, at: Candidate) -> Around:
         """Looks at a sentence through the whole model."""
@@ -109,10 +110,10 @@ class Held:
         self.scorer.evaluations += PRICE * len(others)
         return torch.cat(out)
 
-    def changes(self, around: Around, space: Space, moves: Moves, pool: Sequence[int]) -> list[Candidate]:
+    def changes(self, around: Around, moves: Moves, pool: Sequence[int]) -> list[Candidate]:
         """Changes worth scoring: a few words in every place, orders, and a word out and another in elsewhere."""
         at, free = around.at, moves.free(around.at.tokens)
-        ranked = {i: self._ranked(around, space, i, FEW) for i in free}
+        ranked = {i: self._ranked(around, i, FEW) for i in free}
         pairs = [(i, word) for i in free for word in (*ranked[i], *moves.usual(i)[:LIKELY], *pool[:DRAWN])]
         exchanged = []
         for i in free:  # a word left out, and one in elsewhere
@@ -127,17 +128,16 @@ class Held:
             *self._best(around, exchanged, OTHERS),
         ]
 
-    def more(self, around: Around, space: Space, moves: Moves) -> list[Candidate]:
+    def more(self, around: Around, moves: Moves) -> list[Candidate]:
         """Many words in every place."""
         free = moves.free(around.at.tokens)
-        pairs = [(i, word) for i in free for word in (*self._ranked(around, space, i, MANY), *moves.usual(i))]
+        pairs = [(i, word) for i in free for word in (*self._ranked(around, i, MANY), *moves.usual(i))]
         return self._words_put(around, pairs, 2 * WORDS, 2 * EACH)
 
-    def _ranked(self, around: Around, space: Space, place: int, count: int) -> list[int]:
+    def _ranked(self, around: Around, place: int, count: int) -> list[int]:
         """Words for a place by what is held there, and by that and how common they are, in turn."""
         gain = around.words[place]
-        prior = (space.weights if space.common is None else space.common).clamp_min(1e-12).log().to(gain)
-        both = (gain, gain + prior) if self.inputs is not None else (prior, prior)
+        both = (gain, gain + self.prior) if self.inputs is not None else (self.prior, self.prior)
         each = [
             self.words[kind.topk(min(count // 2, len(kind))).indices.to(self.words.device)].tolist() for kind in both
         ]
@@ -165,10 +165,8 @@ class Held:
         if self.inputs is None:
             return self.scorer.table.new_zeros(len(at.tokens), len(self.words))
         module = self.scorer.victim.module
-        use = {e.name: factors[e.name][0] for e in self.read}
-        turned = {e.name: isinstance(module.get_submodule(e.module), Conv1D) for e in self.read}
-        deltas = torch.cat([(u.right if turned[name] else u.left)[0] for name, u in use.items()], 1)
-        x = next((u.left if turned[name] else u.right)[0] for name, u in use.items())
+        sides = [self.scorer.sides(e, factors) for e in self.read]
+        deltas, x = torch.cat([own[0] for own, _ in sides], 1), sides[0][1][0]
         seen = torch.cat([matrix(module, e, self.scorer.targets[e.name]) for e in self.read])
         product, square = self._measured(factors)
         more, along, apart = self.inputs.beside(deltas @ seen, deltas @ (deltas.T @ x), x)
@@ -226,10 +224,7 @@ class Inputs:
         table = layer.word[words.to(layer.word.device)]
         self.layer, self.table = layer, table
         self.bias = layer.bias if layer.bias is not None else torch.zeros_like(layer.weight)
-        self.middle: Callable[[Tensor], Tensor] = (
-            (lambda x: x.mean(-1)) if layer.norm == "layer" else (lambda x: x.new_zeros(x.shape[:-1]))
-        )
-        self.mean, self.energy = self.middle(table), table.square().mean(1)
+        self.mean, self.energy = self._mean(table), table.square().mean(1)
         scale = layer.weight.square()
         self.linear, self.square = table @ scale, table.square() @ scale
 
@@ -247,7 +242,7 @@ class Inputs:
         column = lambda v: v[:, None]  # noqa: E731
         asked = torch.stack([layer.weight * a, layer.weight * b, layer.weight * shift, scale * place, place])
         by_word = (asked.flatten(0, 1) @ self.table.T).view(len(asked), t, -1)
-        mean = self.mean + column(self.middle(place))
+        mean = self.mean + column(self._mean(place))
         energy = self.energy + (2 * by_word[4] + column(place.square().sum(1))) / self.table.shape[1]
         size = (energy - mean.square() + layer.eps).sqrt()
         normed = (by_word[:3] + (asked[:3] * place).sum(-1)[..., None] - mean * asked[:3].sum(-1)[..., None]) / size
@@ -255,3 +250,7 @@ class Inputs:
         spread = square - 2 * mean * (self.linear + column(place @ scale)) + mean.square() * scale.sum()
         constant = [column((row * shift).sum(1)) for row in (a, b, shift)]
         return normed[0] + constant[0], normed[1] + constant[1], spread / size.square() + 2 * normed[2] + constant[2]
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """What the norm takes off rows [n, d]."""
+        return x.mean(1) if self.layer.norm == "layer" else x.new_zeros(len(x))

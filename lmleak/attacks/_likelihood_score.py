@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lmleak.attacks._blanks import OPEN, filled_in
 from lmleak.defenses import Gaussian
-from lmleak.gradients.factors import Factor, capture, inner, squared_norms
+from lmleak.gradients.factors import Factor, Factors, capture, inner, squared_norms
 from lmleak.gradients.losses import model_losses
 from lmleak.gradients.observe import clip_weights, whole_model
 from lmleak.records import Entry, Observation, Victim
@@ -109,10 +109,15 @@ class Scorer:
             _, _, weights = self._measured(factors, len(candidates[0].tokens))
             out = {}
             for entry in entries:
-                use = factors[entry.name][0]
-                turned = use.one_hot or isinstance(self.victim.module.get_submodule(entry.module), Conv1D)
-                out[entry.name] = weights[entry.name][:, None, None] * (use.right if turned else use.left).detach()
+                deltas, _ = self.sides(entry, factors)
+                out[entry.name] = weights[entry.name][:, None, None] * deltas.detach()
         return out
+
+    def sides(self, entry: Entry, factors: Factors) -> tuple[Tensor, Tensor]:
+        """Output gradients and inputs [k, t, *] of an entry's first use, whatever the parameter's layout."""
+        use = factors[entry.name][0]
+        turned = use.one_hot or isinstance(self.victim.module.get_submodule(entry.module), Conv1D)
+        return (use.right, use.left) if turned else (use.left, use.right)
 
     def scores(self, candidates: Sequence[Candidate]) -> list[float]:
         """Nats of every candidate over no sentence at all (without noise: in units of the squared gradient)."""

@@ -1,8 +1,8 @@
 """Search for the sentence of highest likelihood: coordinate ascent over tokens from fresh starts, a population kept.
 
 `_likelihood_moves` says which changes of a sentence are worth scoring, and `_likelihood_held` which of them first where
-layer 0 is seen; here they are scored, and the helpful ones made. Starts that perturb the best sentence find
-it again; fresh ones, whose words are kept, do not.
+layer 0 is seen; here they are scored, and the helpful ones made. Starts that perturb the best sentence find it again;
+fresh ones, whose words are kept, do not.
 """
 
 from __future__ import annotations
@@ -173,11 +173,9 @@ class Search:
         if self.held is None:
             return
         around = self.held.around(at)
-        yield self.held.changes(around, self.space, self.moves, self._pool())
-        if self.blanks and at not in self.opened:
-            self.opened.add(at)
-            yield self.blanks.of(at, self.space, self.moves.free(at.tokens))
-        yield self.held.more(around, self.space, self.moves)
+        yield self.held.changes(around, self.moves, self._pool())
+        yield self._blanked(at)
+        yield self.held.more(around, self.moves)
 
     def _tried(self, at: Candidate, given: list[int], limit: float, quick: bool) -> tuple[Candidate, bool]:
         """The best of the changes that the slope puts first; and whether the release was asked around the sentence."""
@@ -185,14 +183,20 @@ class Search:
         better, asked = at, False
         for turn, changes in enumerate(self.moves.of(at, slope, self._pool(), given, self.known, quick)):
             better = self._better(at, changes)
-            if self.blanks and better == at and not quick and turn == ORDERED and at not in self.opened:
-                self.opened.add(at)
-                better = self._better(at, self.blanks.of(at, self.space, self.moves.free(at.tokens)))
+            if better == at and not quick and turn == ORDERED:
+                better = self._better(at, self._blanked(at))
             # Before many words are tried at every place, the release is asked about these around the others.
             asked = better == at and not quick and turn == ORDERED and self._ask(at, limit)
             if better != at or asked or self.scorer.evaluations >= limit:
                 break
         return better, asked
+
+    def _blanked(self, at: Candidate) -> list[Candidate]:
+        """A word left out and another filled in, once for each sentence."""
+        if self.blanks is None or at in self.opened:
+            return []
+        self.opened.add(at)
+        return self.blanks.of(at, self.space, self.moves.free(at.tokens))
 
     def _ask(self, at: Candidate, limit: float) -> bool:
         """Takes up what the release says of words around this sentence; whether it was asked now."""

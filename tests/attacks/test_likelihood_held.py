@@ -85,11 +85,8 @@ def test_changes_are_priced_as_dense_gradients_with_the_layers_output_gradients_
 @pytest.mark.parametrize("model", list(MODELS))
 def test_words_are_priced_as_rows_of_their_inputs_under_held_gradients(make, model):
     victim = make(model)
-    scorer, at, space = (
-        scorer_of(victim, scope="selection", layers=[0], parameters="weight"),
-        Candidate(AT, 1),
-        space_of(),
-    )
+    scorer = scorer_of(victim, scope="selection", layers=[0], parameters="weight")
+    at, space = Candidate(AT, 1), space_of()
     with frozen(victim.module):
         one = held(scorer, space)
         words = one.around(at).words
@@ -175,7 +172,7 @@ def test_the_true_order_comes_first_and_the_true_word_among_the_first(minilm):
         around = one.around(Candidate(tuple(swapped), label))
         orders = [*moves.reordered(around.at), *moves.carried(around.at)]
         assert orders[int(one.nats(around, orders).argmax())].tokens == truth
-        assert Candidate(truth, label) in one.changes(around, space, moves, [])
+        assert Candidate(truth, label) in one.changes(around, moves, [])
         around = one.around(Candidate(put(truth, 6, 2224), label))
         rivals = [truth, *(put(truth, 6, word) for word in range(2000, 2200))]
         nats = one.nats(around, [Candidate(row, label) for row in rivals])
