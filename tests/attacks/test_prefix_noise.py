@@ -71,6 +71,23 @@ def test_settled_rows_are_gone_and_screening_sorts_as_the_cost_does():
     assert float(evidence.cost(rows, both)[0]) < evidence.tolerance < float(evidence.cost(rows, both)[1:].min())
 
 
+def test_screening_in_float32_finds_the_last_row_under_little_noise():
+    """Inputs of a model are alike: what one has of its own is small beside them, and the noise smaller still."""
+    draw = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    shared = 20 * normal(1, 256)
+    x, wrong = shared + normal(12, 256), shared + normal(500, 256)
+    evidence = Evidence(normal(12, 300).T @ x / 10 + 1e-5 * normal(300, 256))
+    rows = evidence.start()
+    for one in x[:-1]:
+        rows = evidence.settle(rows, one)
+    both = torch.cat([x[-1:], wrong])
+    costs = evidence.screen(rows, both.float())
+    assert len(rows.basis) == 1
+    assert int(evidence.cost(rows, both).argmin()) == int(costs.argmin()) == 0
+    assert float(costs[0]) < 0.5 * float(costs[1:].min())
+
+
 def _batch(victim, tmp_path, text):
     path = tmp_path / "texts.tsv"
     path.write_text(f"text\tlabel\n{text}\t1\n")
