@@ -47,7 +47,7 @@ def log_prior(source: str, victim: Victim, task: Task) -> tuple[LogPrior, Tensor
         raise LmleakError(f"attack.prior: cannot read '{source}': {error}") from None
     if not lines:
         raise LmleakError(f"attack.prior: '{source}' has no text")
-    coded = victim.processor(lines)["input_ids"]
+    coded = victim.processor(lines, verbose=False)["input_ids"]  # a line longer than the model is no fault here
     single = Counter(token for row in coded for token in row)
     pairs = Counter(pair for row in coded for pair in itertools.pairwise(row))
     first = Counter(token for row in coded for token in row[:-1])
