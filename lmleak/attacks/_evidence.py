@@ -142,11 +142,11 @@ class Evidence:
         # Not as a difference of squares: what it loses in float32 outweighs the noise where that is small (GPT-2
         # small's shape, 1e-5: the last of 25 tokens was not among the 128 of lowest cost).
         outside = (x - seen[:, : n + r] @ frame).square().sum(-1).clamp_min(1e-12)
-        inside, gain = seen[:, n : n + r].square(), seen[:, n + r :].square() @ self.lean.to(x.dtype)
-        gain = gain / outside + self.rest - self.out
+        gain = seen[:, n + r :].square() @ self.lean.to(x.dtype) / outside + self.rest - self.out
         if not r:
             return -gain
-        return torch.minimum(self.turn(rows, inside, outside, roughly=True), self.extra - gain)
+        turned = self.turn(rows, seen[:, n : n + r].square(), outside, roughly=True)
+        return torch.minimum(turned, self.extra - gain)
 
     def turn(self, rows: Rows, coordinates: Tensor, outside: Tensor, *, roughly: bool = False) -> Tensor:
         """Cost of turning the fitted rows onto x, less its mean for a true row.

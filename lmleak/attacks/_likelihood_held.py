@@ -129,7 +129,10 @@ class Held:
         ]
 
     def runs(self, around: Around, moves: Moves) -> list[Candidate]:
-        """Runs of words in each other's places, or in two."""
+        """Runs of words in each other's places, or in two: what no move of one word or of neighbours amends.
+
+        From "should at night for calling rachel until" one leads on where no order, word or exchange scored better.
+        """
         return self._best(around, [*moves.swapped(around.at)], OTHERS)
 
     def more(self, around: Around, moves: Moves) -> list[Candidate]:
