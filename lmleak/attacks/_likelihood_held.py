@@ -30,10 +30,10 @@ from lmleak.records import Entry
 
 PRICE = 0.2  #: of a sentence sent through layer 0 alone, in sentences: MiniLM 2.1 of 11 ms
 AROUND = 3  #: of looking at a sentence whose changes are asked for
-FEW, MANY = 12, 320  #: words priced at every place, at first and where no change of those helps
-LIKELY, DRAWN = 4, 8  #: words priced beside: likeliest ones at a place, and other sentences'
-WORDS, OTHERS = 16, 8  #: changes of one word that are scored; orders, and exchanges of a word for one elsewhere
-EACH = 3  #: words of one place among them
+FEW, MANY = 24, 320  #: words priced at every place, at first and where no change of those helps
+LIKELY, DRAWN = 6, 12  #: words priced beside: likeliest ones at a place, and other sentences'
+WORDS, OTHERS = 32, 12  #: changes of one word that are scored; orders, and exchanges of a word for one elsewhere
+EACH = 4  #: words of one place among them
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,6 @@ class Held:
             *self._best(around, orders, OTHERS),
             *self._best(around, exchanged, OTHERS),
         ]
-
-    def runs(self, around: Around, moves: Moves) -> list[Candidate]:
-        """Runs of words in each other's places, or in two: what no move of one word or of neighbours amends.
-
-        From "should at night for calling rachel until" one leads on where no order, word or exchange scored better.
-        """
-        return self._best(around, [*moves.swapped(around.at)], OTHERS)
 
     def more(self, around: Around, moves: Moves) -> list[Candidate]:
         """Many words in every place."""

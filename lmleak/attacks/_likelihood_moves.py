@@ -253,17 +253,6 @@ class Moves:
                     words = at.tokens
                     yield replace(at, tokens=words[:first] + words[last:stop] + words[first:last] + words[stop:])
 
-    def swapped(self, at: Candidate) -> Iterable[Candidate]:
-        """Runs of two or three words in each other's places, and one of them in both: "the curtains the curtains"."""
-        free, words = self.free(at.tokens), at.tokens
-        for size in (2, 3):
-            for i in range(free.start, free.stop - 2 * size + 1):
-                for j in range(i + size, free.stop - size + 1):
-                    early, late = words[i : i + size], words[j : j + size]
-                    for one, other in ((late, early), (early, early), (late, late)):
-                        tokens = (*words[:i], *one, *words[i + size : j], *other, *words[j + size :])
-                        yield replace(at, tokens=tokens)
-
     def _exchanged(self, at: Candidate, likely: Tensor, pool: list[int]) -> Iterable[Candidate]:
         """One position deleted and a word inserted elsewhere: of the population, or likely there."""
         free = self.free(at.tokens)

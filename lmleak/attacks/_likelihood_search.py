@@ -169,12 +169,11 @@ class Search:
         return at
 
     def _led(self, at: Candidate) -> Iterator[list[Candidate]]:
-        """Changes that layer 0's own matrices put first, a few and then many, and between them runs and blanks."""
+        """Changes that layer 0's own matrices put first, a few and then many, and between them blanks."""
         if self.held is None:
             return
         around = self.held.around(at)
         yield self.held.changes(around, self.moves, self._pool())
-        yield self.held.runs(around, self.moves)
         yield self._blanked(at)
         yield self.held.more(around, self.moves)
 

@@ -173,8 +173,6 @@ def test_the_true_order_comes_first_and_the_true_word_among_the_first(minilm):
         orders = [*moves.reordered(around.at), *moves.carried(around.at)]
         assert orders[int(one.nats(around, orders).argmax())].tokens == truth
         assert Candidate(truth, label) in one.changes(around, moves, [])
-        runs = (*truth[:3], *truth[8:10], *truth[5:8], *truth[3:5], *truth[10:])  # no step of `orders` away
-        assert Candidate(truth, label) in one.runs(one.around(Candidate(runs, label)), moves)
         around = one.around(Candidate(put(truth, 6, 2224), label))
         rivals = [truth, *(put(truth, 6, word) for word in range(2000, 2200))]
         nats = one.nats(around, [Candidate(row, label) for row in rivals])
